@@ -1,0 +1,69 @@
+"""From scores to widths: exact totals, stable ties, minimum widths, rounding to a multiple."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from heal.errors import BudgetError
+
+
+def ranked_globally(scores: Mapping[str, Tensor], kept: int, minimum: int) -> dict[str, int]:
+    """Keep the `kept` highest of all scores [d] together; at least `minimum` in every layer.
+
+    Ties fall by (score, layer, index): of equal scores the earlier one goes first.
+    """
+    protected = {layer: _protected(score, minimum) for layer, score in scores.items()}
+    pooled = torch.cat([protected[layer] for layer in scores])
+    owner = torch.cat([torch.full((len(score),), i) for i, score in enumerate(scores.values())])
+    order = torch.argsort(pooled, stable=True)
+    counts = torch.bincount(owner[order[len(order) - kept :]], minlength=len(scores))
+    return {layer: int(count) for layer, count in zip(scores, counts, strict=True)}
+
+
+def shared_evenly(totals: Mapping[str, int], kept: int) -> dict[str, int]:
+    """The same share of every layer, the exact total met by largest remainders (ties: earlier layer)."""
+    everything = sum(totals.values())
+    counts = {layer: total * kept // everything for layer, total in totals.items()}
+    remainders = sorted(totals, key=lambda layer: -(totals[layer] * kept % everything))
+    for layer in remainders[: kept - sum(counts.values())]:
+        counts[layer] += 1
+    return counts
+
+
+def rounded(scores: Mapping[str, Tensor], counts: Mapping[str, int], multiple: int) -> dict[str, int]:
+    """Round widths to a multiple and keep their sum to one.
+
+    Every layer is rounded down; what is freed goes back in steps of `multiple` to the layers whose
+    next channels score highest. A total that is no multiple leaves one layer with the remainder.
+    """
+    if multiple == 1:
+        return dict(counts)
+    ordered = {layer: score.sort(descending=True, stable=True).values for layer, score in scores.items()}
+    widths = {layer: count - count % multiple for layer, count in counts.items()}
+    freed = sum(counts.values()) - sum(widths.values())
+    steps = [multiple] * (freed // multiple) + ([freed % multiple] if freed % multiple else [])
+    for step in steps:
+        fits = [layer for layer in widths if widths[layer] + step <= len(ordered[layer])]
+        best = max(fits, key=lambda layer: float(ordered[layer][widths[layer] : widths[layer] + step].sum()))
+        widths[best] += step
+    return widths
+
+
+def refuse_if_too_small(kept: int, layers: int, minimum: int, asked: str) -> None:
+    """Raise BudgetError when not every layer can keep its minimum."""
+    if kept < layers * minimum:
+        raise BudgetError(
+            f"budget {asked} cannot be met: it keeps {kept} channels, but {layers} layers need at least "
+            f"{minimum} each ({layers * minimum}); remove less, or lower `multiple`"
+        )
+
+
+def _protected(score: Tensor, minimum: int) -> Tensor:
+    """The scores with the `minimum` highest out of reach."""
+    score = score.double().clone()
+    top = torch.argsort(score, stable=True)[len(score) - min(minimum, len(score)) :]
+    score[top] = torch.inf
+    return score

@@ -1,0 +1,74 @@
+"""Folders that appear whole or not at all, also after a power cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from heal.errors import BundleError
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], mark: str, known: Collection[str]) -> None:
+    """Put `files` at `folder`: written beside, synced, renamed. Nothing is left behind after an error.
+
+    A folder that is there is replaced when it is empty, or when it holds `mark` and no names but
+    `known`; else BundleError, for something that is not ours would be lost.
+    """
+    folder = Path(os.path.realpath(folder))
+    _refuse_foreign(folder, mark, known)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        beside.mkdir()
+        for name, data in files.items():
+            _write(beside / name, data)
+        _sync(beside)
+        _move(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _refuse_foreign(folder: Path, mark: str, known: Collection[str]) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is a file; name a folder to write to")
+    present = {path.name for path in folder.iterdir()}
+    foreign = sorted(present - set(known))
+    if foreign or (present and mark not in present):
+        found = f"holds {', '.join(foreign[:3])}" if foreign else f"has no {mark}"
+        raise BundleError(f"{folder} is not ours to overwrite: it {found}; name a new or an empty folder")
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename; a folder in the way is set aside first and comes back when the rename fails."""
+    if not target.exists():
+        source.rename(target)
+        return
+    aside = source.with_name(source.name + ".old")
+    target.rename(aside)
+    try:
+        source.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

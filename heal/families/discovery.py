@@ -1,0 +1,76 @@
+"""Finding the names that tables are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from heal.families.family import MlpPair
+
+PLAIN = ("Linear", "Conv2d", "Conv2dSame")  # subclasses that standardise or mix their weights are not
+
+
+def children(model: nn.Module, container: str) -> tuple[str, ...]:
+    """Dotted names of a container's children, in order."""
+    return tuple(f"{container}.{name}" for name, _ in model.get_submodule(container).named_children())
+
+
+def matrices(model: nn.Module, roots: Iterable[str]) -> tuple[str, ...]:
+    """Every Linear and every Conv2d that is not depthwise, at or below the named modules."""
+    return tuple(name for name, module in _below(model, roots) if _is_matrix(module))
+
+
+def norms(model: nn.Module) -> tuple[str, ...]:
+    """Every normalisation layer with a weight."""
+    return tuple(name for name, module in model.named_modules() if _is_norm(module))
+
+
+def classifier(model: nn.Module) -> tuple[str, ...]:
+    """The layers that timm calls the classifier; a distilled DeiT has two, a headless model none."""
+    heads = model.get_classifier()  # type: ignore[operator]
+    chosen = {id(head) for head in (heads if isinstance(heads, tuple) else (heads,))}
+    return tuple(name for name, module in model.named_modules() if id(module) in chosen and _is_matrix(module))
+
+
+def mlp_pairs(model: nn.Module, blocks: Iterable[str]) -> tuple[MlpPair, ...]:
+    """The plain MLPs of the blocks. Gated ones, and those that normalise their hidden layer, mix units: left out."""
+    names = (name for name, module in _below(model, blocks) if _is_plain_mlp(module))
+    return tuple(MlpPair(f"{name}.fc1", f"{name}.act", f"{name}.fc2") for name in names)
+
+
+def is_plain(layer: object) -> bool:
+    """A Linear or ungrouped Conv2d whose output channel i comes from row i of its weight alone."""
+    known = type(layer).__name__ in PLAIN and isinstance(layer, (nn.Linear, nn.Conv2d))
+    return known and getattr(layer, "groups", 1) == 1
+
+
+def is_depthwise(layer: object) -> bool:
+    """A Conv2d with one filter a channel; cut to a single channel it still is one."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
+
+
+def is_batch_norm(layer: object) -> bool:
+    """A normalisation that treats every channel alone."""
+    return isinstance(layer, _BatchNorm)
+
+
+def _below(model: nn.Module, roots: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    for root in roots:
+        yield from model.get_submodule(root).named_modules(prefix=root)
+
+
+def _is_matrix(layer: object) -> bool:
+    return isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_depthwise(layer)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
+
+
+def _is_plain_mlp(module: nn.Module) -> bool:
+    if type(module).__name__ not in ("Mlp", "ConvMlp") or not type(module).__module__.startswith("timm.layers"):
+        return False
+    producer, consumer, norm = (getattr(module, part, None) for part in ("fc1", "fc2", "norm"))
+    return is_plain(producer) and is_plain(consumer) and isinstance(norm, nn.Identity | None)

@@ -1,0 +1,58 @@
+"""What a family says of a network: names of modules, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that live and die together; `name` is the first producer's dotted name.
+
+    producers: modules whose output rows are sliced (Linear, Conv2d).
+    followers: modules between that carry one value a channel (BatchNorm, depthwise Conv2d, GRN).
+    consumers: modules whose input columns are sliced (Linear, Conv2d).
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    followers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MlpPair:
+    """An MLP's hidden layer: producer -> activation -> consumer."""
+
+    producer: str
+    activation: str
+    consumer: str
+
+    @property
+    def group(self) -> ChannelGroup:
+        """The pair as a channel group."""
+        return ChannelGroup(self.producer, (self.producer,), (self.consumer,))
+
+
+@dataclass(frozen=True)
+class Family:
+    """The table of one network. All names are dotted module names, in forward order.
+
+    `states` says how a block's output is laid out: "tokens" puts channels last (one vector a
+    token), "maps" is [n, c, h, w] (one vector an image, as STARFISH flattens them).
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+    pairs: tuple[MlpPair, ...] = ()
+    groups: tuple[ChannelGroup, ...] = ()
+    norms: tuple[str, ...] = ()
+    classifier: tuple[str, ...] = ()
+    states: Literal["tokens", "maps"] = "maps"
+
+    @property
+    def cuttable(self) -> dict[str, ChannelGroup]:
+        """Every channel group by its name, the MLP pairs included."""
+        return {pair.producer: pair.group for pair in self.pairs} | {group.name: group for group in self.groups}

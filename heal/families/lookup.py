@@ -1,0 +1,74 @@
+"""From a model to its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from heal.errors import ArchitectureError
+from heal.families import FAMILIES
+from heal.families.family import Family
+from heal.naming import nearest
+
+CLASSES: dict[str, str] = {  # timm's class to its family; subclasses are of the same
+    "VisionTransformer": "vit",
+    "SwinTransformer": "swin",
+    "SwinTransformerV2": "swin",
+    "ConvNeXt": "convnext",
+    "ResNet": "resnet",
+    "VGG": "vgg",
+    "EfficientNet": "efficientnet",
+    "MobileNetV3": "efficientnet",
+}
+
+
+def describe(model: nn.Module) -> Family:
+    """The model's table; a network that no family knows gets the generic one, without channel groups.
+
+    A model may bring its own as attribute `regrow_family`. Raises ArchitectureError when that names
+    a module which the model does not have.
+    """
+    own = getattr(model, "regrow_family", None)
+    return _checked(own, model) if isinstance(own, Family) else FAMILIES[_family_name(model)](model)
+
+
+def cuttable_or_raise(model: nn.Module) -> Family:
+    """The model's table if it has channels that can be cut. Raises ArchitectureError."""
+    family = describe(model)
+    if family.cuttable:
+        return family
+    kind = type(model).__name__
+    if family.name == "generic":
+        known = ", ".join(name for name in FAMILIES if name != "generic")
+        raise ArchitectureError(
+            f"{kind} has no table of channel groups, so its channels cannot be cut (families with one: {known}, "
+            "as timm builds them); give a budget in weights, or set model.regrow_family to a table"
+        )
+    raise ArchitectureError(
+        f"{kind} is of family {family.name}, but none of its blocks has channels that can be cut alone "
+        "(gated, grouped and normalised hidden layers mix them); give a budget in weights"
+    )
+
+
+def _family_name(model: nn.Module) -> str:
+    """By class name within timm.models, so that timm need not be imported to describe another network."""
+    bases = (base for base in type(model).__mro__ if base.__module__.startswith("timm.models."))
+    return next((CLASSES[base.__name__] for base in bases if base.__name__ in CLASSES), "generic")
+
+
+def _checked(family: Family, model: nn.Module) -> Family:
+    modules = dict(model.named_modules())
+    for name in _names(family):
+        if name not in modules:
+            raise ArchitectureError(
+                f"the family table of {type(model).__name__} names {name!r}, "
+                f"which the model does not have; {nearest(name, modules)}"
+            )
+    return family
+
+
+def _names(family: Family) -> Iterator[str]:
+    yield from (*family.layers, *family.blocks, *family.norms, *family.classifier)
+    for group in family.cuttable.values():
+        yield from (*group.producers, *group.followers, *group.consumers)

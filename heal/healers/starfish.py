@@ -1,0 +1,94 @@
+"""STARFISH: heal by aligning the student's internal states with the dense model's.
+
+Source: "STARFISH: faST Accuracy Recovery in pruned networks From Internal State Healing",
+arXiv 2606.01126, and its official code. Loss: one minus the cosine of every token of every block's
+output, mean over tokens and images, then over blocks; no labels, no logits, no augmentation. Only
+the weights of the prune scope train; Adam, cosine per step; batches replayed in one fixed order.
+Deviations: teacher states are kept as float16 unit rows (same cosine, no overflow); the student
+stays in eval mode (same for ViTs; for BatchNorm the code lets running statistics move).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from heal.families.lookup import describe
+from heal.images import Images, Replay, is_array, shuffled
+from heal.method import HealContext, HealingReport
+from heal.modes import evaluating
+from heal.states import TeacherStates, alignment, block_outputs, cosine, rows
+from heal.training import Schedule, fit
+from heal.values import Mask
+
+
+@dataclass(frozen=True)
+class Starfish:
+    """Align block outputs by cosine; all surviving weights of the prunable layers train.
+
+    epochs, batch_size, lr, min_lr: 10, 32, 6e-4, 1e-6 (official code). precision: "auto" takes
+    bfloat16 autocast where the hardware has it; the loss is float32 in any case.
+    """
+
+    unit: ClassVar[str] = "any"
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 6e-4
+    min_lr: float = 1e-6
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        Schedule(self.epochs, self.lr, self.min_lr, self.precision)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """It reads no statistics; it hooks the blocks itself."""
+        return frozenset({"block_outputs"})
+
+    def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
+        """Train the student in place; the teacher is only read."""
+        began = time.perf_counter()
+        notes: list[str] = []
+        order = shuffled(images.shape[0], context.seed, "healing order") if is_array(images) else None
+        replay = Replay(images, self.batch_size, order)
+        before = alignment(student, teacher, images)
+        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, _both(notes, context))
+        try:
+            losses = self._train(student, teacher, replay, states, context)
+        finally:
+            states.close()
+        after = alignment(student, teacher, images)
+        return HealingReport(
+            "starfish", asdict(self), losses, before, after, time.perf_counter() - began, tuple(notes)
+        )
+
+    def _train(
+        self, student: nn.Module, teacher: nn.Module, replay: Replay, states: TeacherStates, context: HealContext
+    ) -> tuple[float, ...]:
+        family = describe(teacher)
+        names = [f"{layer}.weight" for layer in family.layers]
+        trainable = {name: student.get_parameter(name) for name in names}
+        mask = context.pruned if isinstance(context.pruned, Mask) else None
+        schedule = Schedule(self.epochs, self.lr, self.min_lr, self.precision)
+        with evaluating(teacher), block_outputs(student, family.blocks) as ours:
+
+            def loss(index: int, batch: Tensor) -> Tensor:
+                student(batch)
+                with torch.autocast(batch.device.type, enabled=False):
+                    targets = states.of(index, batch)
+                    terms = [1 - cosine(rows(ours[b], family.states), targets[b]) for b in family.blocks]
+                    return torch.stack(terms).mean()
+
+            return fit(student, replay, loss, trainable, mask, schedule, context, "starfish")
+
+
+def _both(notes: list[str], context: HealContext):  # type: ignore[no-untyped-def]
+    def log(message: str) -> None:
+        notes.append(message)
+        context.log(message)
+
+    return log

@@ -1,0 +1,129 @@
+"""What every method is given and gives back, and when a combination makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from heal.errors import ArchitectureError, MethodError
+from heal.families.family import Family
+from heal.images import Images
+from heal.progress import Report, quiet
+from heal.values import Allocation, Budget, ChannelCut, LayerStats, Mask
+
+Statistics = Mapping[str, LayerStats]
+"""Moments by tap: "<module>.input" or "<module>.output"."""
+
+
+class Allocator(Protocol):
+    """Where to prune. `unit` is the budget's; `needs` names the statistics it reads."""
+
+    unit: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def allocate(self, model: nn.Module, budget: Budget, statistics: Statistics) -> Allocation: ...
+
+
+class Pruner(Protocol):
+    """Which weights or channels go."""
+
+    unit: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def prune(self, model: nn.Module, allocation: Allocation, statistics: Statistics) -> Mask | ChannelCut: ...
+
+
+class Healer(Protocol):
+    """How to repair: the student in place, towards the teacher."""
+
+    unit: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport: ...
+
+
+@dataclass(frozen=True)
+class HealContext:
+    """What a healer is given besides the two networks and the images.
+
+    statistics: the dense model's moments. pruned: what was cut or masked. seed: the order of
+    images. checkpoints: a folder to resume from, or None; checkpoint_seconds: how often to save there;
+    checkpoint_saved: called after each. cache_bytes: memory for cached teacher states; spill_bytes:
+    disk for them.
+    """
+
+    statistics: Statistics
+    pruned: Mask | ChannelCut
+    seed: int = 0
+    checkpoints: Path | None = None
+    checkpoint_seconds: float = 20.0
+    checkpoint_saved: Callable[[], None] = lambda: None
+    cache_bytes: int = 2 * 2**30
+    spill_bytes: int = 32 * 2**30
+    report: Report = quiet
+    log: Callable[[str], None] = lambda message: None
+
+
+@dataclass(frozen=True)
+class HealingReport:
+    """What a healer did: loss per step, mean cosine per block before and after, seconds, notes."""
+
+    method: str
+    params: Mapping[str, Any]
+    losses: tuple[float, ...] = ()
+    alignment_before: Mapping[str, float] = field(default_factory=dict)
+    alignment_after: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def check(family: Family, budget: Budget, allocator: Allocator, pruner: Pruner, healers: Iterable[Healer]) -> None:
+    """Refuse a combination that makes no sense, with the reason. Raises MethodError, ArchitectureError."""
+    for kind, method in [("allocator", allocator), ("pruner", pruner), *(("healer", healer) for healer in healers)]:
+        if method.unit not in ("any", budget.unit):
+            raise MethodError(
+                f"{kind} {name_of(method)} works on {method.unit}, but the budget is in {budget.unit}; "
+                f"give a budget in {method.unit} or choose another {kind}"
+            )
+        if "block_outputs" in method.needs and not family.blocks:
+            raise ArchitectureError(
+                f"{kind} {name_of(method)} aligns block outputs, but family {family.name} names no blocks; "
+                "choose another, or bring a family table"
+            )
+    refuse_unit(family, budget)
+
+
+def refuse_unit(family: Family, budget: Budget) -> None:
+    """Raise ArchitectureError when the family's table cannot serve the budget's unit."""
+    if budget.unit == "neurons" and not family.pairs:
+        raise ArchitectureError(
+            f"family {family.name} has no table of MLP pairs, so no neurons can be cut; "
+            "give a budget in weights, or bring a family table"
+        )
+
+
+def taps(family: Family, methods: Iterable[Allocator | Pruner | Healer]) -> dict[str, bool]:
+    """The taps that the union of the methods' needs asks for; True where the second moment is."""
+    needs = frozenset[str]().union(*(method.needs for method in methods))
+    wanted: dict[str, bool] = {}
+    for pair in family.pairs:
+        if needs & {"moments", "second_moment"}:
+            wanted[f"{pair.consumer}.input"] = "second_moment" in needs
+        if "preactivation_moments" in needs:
+            wanted[f"{pair.producer}.output"] = False
+    return wanted
+
+
+def name_of(method: object) -> str:
+    """The method's name in params.yaml: its file's name."""
+    return type(method).__module__.rpartition(".")[2]

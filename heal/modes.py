@@ -1,0 +1,63 @@
+"""Modes and hooks that are undone afterwards, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+Listener = Callable[[Tensor], None]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; every submodule gets its own mode back."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def training_only(model: nn.Module, names: frozenset[str]) -> Iterator[nn.Module]:
+    """Gradients for the named parameters only; every parameter gets its own flag back."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        yield model
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+@contextmanager
+def listening(model: nn.Module, taps: Mapping[str, Listener]) -> Iterator[None]:
+    """Call a listener with what passes a tap: "<module>.input" or "<module>.output"."""
+    handles = []
+    try:
+        for tap, listener in taps.items():
+            name, _, side = tap.rpartition(".")
+            module = model.get_submodule(name)
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(_on_input(listener)))
+            else:
+                handles.append(module.register_forward_hook(_on_output(listener)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_input(listener: Listener) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda module, args: listener(args[0])
+
+
+def _on_output(listener: Listener) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    return lambda module, args, output: listener(output)

@@ -1,0 +1,15 @@
+"""Suggestions for names that were misspelled."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(wanted: str, known: Iterable[str]) -> str:
+    """ "did you mean 'x'?", or the list of what there is (at most eight names)."""
+    names = sorted(known)
+    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

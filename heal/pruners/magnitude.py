@@ -1,0 +1,29 @@
+"""Magnitude pruning: in every layer the weights of least absolute value go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from heal.masking import keep_largest
+from heal.method import Statistics
+from heal.values import Allocation, Mask
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Keep each layer's weights of largest magnitude, exactly as many as the allocation says."""
+
+    unit: ClassVar[str] = "weights"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """It reads no statistics."""
+        return frozenset()
+
+    def prune(self, model: nn.Module, allocation: Allocation, statistics: Statistics) -> Mask:
+        """The mask."""
+        weights = {layer: model.get_submodule(layer).get_parameter("weight").detach() for layer in allocation.kept}
+        return Mask({layer: keep_largest(w.abs(), allocation.kept[layer]).cpu() for layer, w in weights.items()})

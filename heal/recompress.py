@@ -1,0 +1,88 @@
+"""The face of the library: prune a network and heal it without labels, in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from heal.allocators import ALLOCATORS
+from heal.errors import MethodError
+from heal.families.lookup import describe
+from heal.healers import HEALERS
+from heal.images import Images
+from heal.method import Allocator, HealContext, Healer, HealingReport, Pruner, check, taps
+from heal.naming import nearest
+from heal.progress import Report, quiet
+from heal.pruned import apply, describe_cuts, refuse_broken
+from heal.pruners import PRUNERS
+from heal.statistics import capture
+from heal.values import Allocation, Budget, ChannelCut, Mask
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RecompressionReport:
+    """What was asked, what came of it, and what each healer did."""
+
+    budget: Budget
+    allocation: Allocation
+    cuts: tuple[str, ...]
+    healing: tuple[HealingReport, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pruned and healed model in eval mode, what was pruned, and the report."""
+
+    model: nn.Module
+    pruned: Mask | ChannelCut
+    report: RecompressionReport
+
+
+def recompress(
+    model: nn.Module,
+    images: Images,
+    budget: Budget,
+    allocator: str | Allocator = "global_variance",
+    pruner: str | Pruner = "variance",
+    healers: Sequence[str | Healer] = ("closed_form", "starfish"),
+    seed: int = 0,
+    report: Report = quiet,
+    log: Callable[[str], None] = lambda message: None,
+) -> Result:
+    """Prune `model` to `budget` and heal it on unlabeled `images`; the model itself is not touched.
+
+    images: a float tensor [n, c, h, w], already normalised for the model, or any re-iterable of
+    such batches. Methods go by name or as instances. Raises InputError subclasses when the budget,
+    the combination or the images make no sense, before anything is computed.
+    """
+    allocate, prune = method(ALLOCATORS, allocator, "allocator"), method(PRUNERS, pruner, "pruner")
+    heal = [method(HEALERS, healer, "healer") for healer in healers]
+    family = describe(model)
+    check(family, budget, allocate, prune, heal)
+    refuse_broken(model)
+    teacher = copy.deepcopy(model).eval()
+    wanted = taps(family, [allocate, prune, *heal])
+    statistics = capture(teacher, images, wanted, report=report) if wanted else {}
+    allocation = allocate.allocate(teacher, budget, statistics)
+    pruned = prune.prune(teacher, allocation, statistics)
+    student = copy.deepcopy(teacher)
+    cuts = describe_cuts(teacher, pruned)
+    apply(student, pruned)
+    context = HealContext(statistics, pruned, seed, report=report, log=log)
+    healing = tuple(healer.heal(student, teacher, images, context) for healer in heal)
+    return Result(student.eval(), pruned, RecompressionReport(budget, allocation, cuts, healing))
+
+
+def method(entries: Mapping[str, type[T]], wanted: str | T, kind: str) -> T:
+    """The method of that name with its default params, or the instance as it is. Raises MethodError."""
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted not in entries:
+        raise MethodError(f"{kind} {wanted!r} is unknown; {nearest(wanted, entries)}")
+    return entries[wanted]()

@@ -1,0 +1,159 @@
+"""Internal states: the outputs of a network's blocks, and how well two networks agree on them."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from heal.errors import NumericalError
+from heal.families.lookup import describe
+from heal.images import Images, Replay, is_array
+from heal.modes import evaluating, listening
+
+EPS = 1e-12
+Layout = Literal["tokens", "maps"]
+
+
+@contextmanager
+def block_outputs(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """A dict that holds, after each forward pass, every block's output (with its gradient)."""
+    outputs: dict[str, Tensor] = {}
+    with listening(model, {f"{block}.output": _keeper(outputs, block) for block in blocks}):
+        yield outputs
+
+
+def rows(state: Tensor, layout: Layout) -> Tensor:
+    """A block's output as float32 rows [r, d] whose directions are compared.
+
+    "tokens": one row a token, channels last. "maps": one row an image, [c * h * w], as STARFISH does.
+    """
+    return (state.flatten(0, -2) if layout == "tokens" else state.flatten(1)).float()
+
+
+def cosine(student: Tensor, teacher_unit: Tensor) -> Tensor:
+    """Mean cosine (scalar) between rows [r, d] and unit rows [r, d], float32."""
+    return ((student * teacher_unit).sum(-1) / student.norm(dim=-1).clamp_min(EPS)).mean()
+
+
+def alignment(student: nn.Module, teacher: nn.Module, images: Images, limit: int = 256) -> dict[str, float]:
+    """Mean cosine per block between student and teacher over the first `limit` images; 1 is perfect."""
+    family = describe(teacher)
+    sums, weight = dict.fromkeys(family.blocks, 0.0), 0
+    device = next(teacher.parameters()).device
+    with (
+        evaluating(student),
+        evaluating(teacher),
+        torch.inference_mode(),
+        block_outputs(student, family.blocks) as ours,
+        block_outputs(teacher, family.blocks) as theirs,
+    ):
+        for batch in Replay(images, 32):
+            student(batch.to(device)), teacher(batch.to(device))
+            for block in family.blocks:
+                unit = _unit(rows(theirs[block], family.states))
+                sums[block] += len(batch) * float(cosine(rows(ours[block], family.states), unit))
+            weight += len(batch)
+            if weight >= limit:
+                break
+    return {block: total / weight for block, total in sums.items()}
+
+
+class TeacherStates:
+    """The teacher's block outputs as float16 unit rows, computed once a batch.
+
+    Cosines need directions only, so unit rows are kept: float16 then cannot overflow. They stay in
+    memory up to `cache_bytes`, on disk (a memory-mapped file) up to `spill_bytes`, and are computed
+    again beyond; the values are the same in all three cases.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        replay: Replay,
+        cache_bytes: int,
+        spill_bytes: int,
+        log: Callable[[str], None],
+    ) -> None:
+        self.teacher, self.family, self.replay = teacher, describe(teacher), replay
+        self.cache_bytes, self.spill_bytes, self.log = cache_bytes, spill_bytes, log
+        self.buffer: Tensor | None = None
+        self.places: dict[tuple[int, str], tuple[int, torch.Size]] = {}
+        self.used = 0
+        self.where = ""
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def of(self, index: int, batch: Tensor) -> dict[str, Tensor]:
+        """Unit rows [r, d] of every block for batch number `index`, float32 on the batch's device."""
+        if (index, self.family.blocks[-1]) not in self.places:
+            return self._computed(index, batch)
+        assert self.buffer is not None
+        states = {}
+        for block in self.family.blocks:
+            start, shape = self.places[index, block]
+            states[block] = self.buffer[start : start + shape.numel()].view(shape).to(batch.device).float()
+        return states
+
+    def close(self) -> None:
+        """Let go of memory and of the spill file."""
+        self.buffer = None
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _computed(self, index: int, batch: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad(), block_outputs(self.teacher, self.family.blocks) as outputs:
+            self.teacher(batch)
+        halves = {block: _unit(rows(outputs[block], self.family.states)).half() for block in self.family.blocks}
+        for block, half in halves.items():
+            if not bool(torch.isfinite(half).all()):
+                raise NumericalError(f"teacher: the output of {block} is not finite; the weights or images hold NaN")
+        if not self.where:
+            self._choose(sum(half.numel() for half in halves.values()) / len(batch))
+        if self.buffer is not None:
+            self._store(index, halves)
+        return {block: half.float() for block, half in halves.items()}
+
+    def _choose(self, numbers_per_image: float) -> None:
+        numbers = math.ceil(numbers_per_image * _count(self.replay))
+        if 2 * numbers <= self.cache_bytes:
+            self.buffer, self.where = torch.empty(numbers, dtype=torch.float16), "in memory"
+        elif 2 * numbers <= self.spill_bytes:
+            self._folder = tempfile.TemporaryDirectory(prefix="regrow-teacher-")
+            path = Path(self._folder.name) / "states.bin"
+            self.buffer = torch.from_file(str(path), shared=True, size=numbers, dtype=torch.float16)
+            self.where = "in a memory-mapped file"
+        else:
+            self.where = "nowhere: computed again each step"
+        self.log(f"teacher states: {2 * numbers / 2**20:.0f} MiB, kept {self.where}")
+
+    def _store(self, index: int, halves: dict[str, Tensor]) -> None:
+        assert self.buffer is not None
+        for block, half in halves.items():
+            self.buffer[self.used : self.used + half.numel()] = half.flatten().cpu()
+            self.places[index, block] = (self.used, half.shape)
+            self.used += half.numel()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
+
+
+def _keeper(outputs: dict[str, Tensor], block: str) -> Callable[[Tensor], None]:
+    def keep(output: Tensor) -> None:
+        outputs[block] = output
+
+    return keep
+
+
+def _count(replay: Replay) -> int:
+    if is_array(replay.images):
+        return int(replay.images.shape[0])
+    return sum(len(batch) for batch in replay)
+
+

@@ -1,0 +1,101 @@
+"""Moments of what flows through a network: one pass, streaming, mergeable.
+
+Each batch gives (count, mean, m2) by the corrected two-pass formula, computed in float32 around
+the batch's own mean; batches are merged in float64 by Chan's rule. So the result does not depend
+on how images were batched (to about 1e-7), and memory not on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from heal.errors import NumericalError
+from heal.images import Images, Replay
+from heal.modes import evaluating, listening
+from heal.progress import Report, quiet
+from heal.values import LayerStats
+
+
+def capture(
+    model: nn.Module,
+    images: Images,
+    taps: Mapping[str, bool],
+    batch_size: int = 64,
+    report: Report = quiet,
+) -> dict[str, LayerStats]:
+    """Moments at every tap ("<module>.input" or ".output"; True asks for the second moment as well).
+
+    Rows are pooled over images and positions; channels are the last axis of what a Linear sees and
+    axis 1 of what a convolution sees. The model is run once, in eval mode, without gradients, and
+    keeps its mode and hooks. Raises NumericalError on NaN or infinity.
+    """
+    streams = {tap: _Stream(_channel_axis(model, tap), comoment) for tap, comoment in taps.items()}
+    replay = Replay(images, batch_size)
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode(), listening(model, {t: s.add for t, s in streams.items()}):
+        for done, batch in enumerate(replay, start=1):
+            model(batch.to(device))
+            report("activations", done, len(replay))
+    return {tap: stream.result(tap) for tap, stream in streams.items()}
+
+
+def merge(a: LayerStats, b: LayerStats) -> LayerStats:
+    """The moments of both populations together (Chan, Golub and LeVeque 1979)."""
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    weight = a.count * b.count / count
+    comoment = None
+    if a.comoment is not None and b.comoment is not None:
+        comoment = a.comoment + b.comoment + weight * torch.outer(delta, delta)
+    return LayerStats(
+        count=count,
+        mean=a.mean + delta * (b.count / count),
+        m2=a.m2 + b.m2 + weight * delta.square(),
+        comoment=comoment,
+    )
+
+
+def moments(rows: Tensor, comoment: bool = False) -> LayerStats:
+    """Moments of one batch [groups, rows, channels]; sums are float32 within a group, float64 beyond."""
+    count = rows.shape[0] * rows.shape[1]
+    rows = rows.float()
+    shift = rows.sum(1).sum(0) / count
+    centred = rows - shift
+    products = None
+    if comoment:
+        flat = centred.reshape(count, -1)
+        products = (flat.T @ flat).double()
+    sums = centred.sum(1).double().sum(0)
+    squares = centred.square_().sum(1).double().sum(0)
+    m2 = (squares - sums.square() / count).clamp_(min=0)
+    if products is not None:
+        products -= torch.outer(sums, sums) / count
+    return LayerStats(count, shift.double() + sums / count, m2, products)
+
+
+class _Stream:
+    """Merges the moments of the batches that pass one tap."""
+
+    def __init__(self, channel_axis: int, comoment: bool) -> None:
+        self.channel_axis, self.comoment = channel_axis, comoment
+        self.total: LayerStats | None = None
+
+    def add(self, x: Tensor) -> None:
+        x = x.movedim(self.channel_axis, -1)
+        batch = moments(x.reshape(x.shape[0], -1, x.shape[-1]), self.comoment)
+        self.total = batch if self.total is None else merge(self.total, batch)
+
+    def result(self, tap: str) -> LayerStats:
+        if self.total is None:
+            raise NumericalError(f"statistics: nothing passed {tap}; the module is not used in the forward pass")
+        on_cpu = {"mean": self.total.mean.cpu(), "m2": self.total.m2.cpu()}
+        comoment = None if self.total.comoment is None else self.total.comoment.cpu()
+        return LayerStats(count=self.total.count, comoment=comoment, **on_cpu)
+
+
+def _channel_axis(model: nn.Module, tap: str) -> int:
+    module = model.get_submodule(tap.rpartition(".")[0])
+    return 1 if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) else -1

@@ -1,0 +1,179 @@
+"""The values that travel between methods: frozen, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from heal.errors import BudgetError, NumericalError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove: one fraction in [0, 1), named by its unit.
+
+    `weights` counts the weights of the prunable layers (masks), `neurons` the hidden
+    channels that can be cut (cuts). Raises BudgetError unless exactly one is given.
+    """
+
+    weights: float | None = None
+    neurons: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("weights", "neurons") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise BudgetError(f"a budget names exactly one unit, weights or neurons; got {given or 'none'}")
+        if not 0 <= self.fraction < 1:
+            hint = f"; did you mean {self.fraction / 100:g}?" if 1 <= self.fraction < 100 else ""
+            raise BudgetError(
+                f"budget {self.unit} = {self.fraction:g} is not a fraction in [0, 1): it says what share to remove{hint}"
+            )
+
+    @property
+    def unit(self) -> str:
+        """`weights` or `neurons`."""
+        return "weights" if self.weights is not None else "neurons"
+
+    @property
+    def fraction(self) -> float:
+        """The removed share, in [0, 1)."""
+        value = self.weights if self.weights is not None else self.neurons
+        assert value is not None
+        return float(value)
+
+    def kept(self, total: int) -> int:
+        """How many of `total` stay: (1 - fraction) * total, rounded half up."""
+        return math.floor((1 - self.fraction) * total + 0.5)
+
+
+@dataclass(frozen=True)
+class NM:
+    """An N:M pattern: at most `n` weights stay in every group of `m` along the input."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise BudgetError(f"N:M pattern {self.n}:{self.m} needs 0 < N < M (N weights of every M stay)")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many of each layer stay: weights of a prunable layer, or channels of a group.
+
+    `kept` and `total` map a dotted name to a count; `asked` is the number the budget asked for.
+    """
+
+    unit: str
+    kept: Mapping[str, int]
+    total: Mapping[str, int]
+    asked: int
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("weights", "neurons"):
+            raise BudgetError(f"an allocation is in weights or neurons, not {self.unit!r}")
+        if self.kept.keys() != self.total.keys():
+            raise BudgetError("an allocation must say kept and total for the same layers")
+        for layer, kept in self.kept.items():
+            if not 0 <= kept <= self.total[layer]:
+                raise BudgetError(f"layer {layer}: cannot keep {kept} of {self.total[layer]} {self.unit}")
+
+    @property
+    def got(self) -> int:
+        """How many stay in all."""
+        return sum(self.kept.values())
+
+    def sparsity(self, layer: str) -> float:
+        """The removed share of one layer, in [0, 1]."""
+        return 1 - self.kept[layer] / self.total[layer] if self.total[layer] else 0.0
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights stay.
+
+    `keep` maps a layer's dotted name to a bool tensor of its weight's shape. `updates` maps a
+    parameter's dotted name to the value it takes before masking (methods that also repair).
+    """
+
+    keep: Mapping[str, Tensor]
+    updates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for layer, keep in self.keep.items():
+            if keep.dtype != torch.bool:
+                raise TypeError(f"mask of {layer} must be bool, not {keep.dtype}")
+
+    @property
+    def zeros(self) -> int:
+        """How many weights go."""
+        return sum(int(keep.numel() - keep.count_nonzero()) for keep in self.keep.values())
+
+    @property
+    def total(self) -> int:
+        """How many weights the masked layers have."""
+        return sum(keep.numel() for keep in self.keep.values())
+
+
+@dataclass(frozen=True)
+class ChannelCut:
+    """Which channels stay; the tensors get smaller.
+
+    `keep` maps a channel group's name to the ascending int64 indices that stay, `total` to its
+    width before. `updates` maps a parameter's dotted name to the value it takes, at its shape
+    before the cut (mean folding writes the consumers' biases so).
+    """
+
+    keep: Mapping[str, Tensor]
+    total: Mapping[str, int]
+    updates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.keep.keys() != self.total.keys():
+            raise ValueError("a cut must say keep and total for the same groups")
+        for group, keep in self.keep.items():
+            if keep.dtype != torch.int64 or keep.ndim != 1:
+                raise TypeError(f"cut of {group} must be a 1-D int64 tensor of indices")
+            if keep.numel() == 0:
+                raise BudgetError(f"cut of {group} would leave no channel; lower the budget")
+            if bool((keep.diff() <= 0).any()) or int(keep[0]) < 0 or int(keep[-1]) >= self.total[group]:
+                raise ValueError(f"cut of {group}: indices must ascend within 0..{self.total[group] - 1}")
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Moments of one tap over all rows (image x position): float64, mergeable.
+
+    `mean` [d], `m2` [d] the sum of squared deviations, `comoment` [d, d] the sum of products of
+    deviations (or None when it was not asked for). Raises NumericalError when not finite.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+    comoment: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "m2", "comoment"):
+            value = getattr(self, name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise NumericalError(f"statistics: {name} is not finite; the weights or images hold NaN or infinity")
+        if bool((self.m2 < 0).any()):
+            raise NumericalError("statistics: a variance came out negative")
+
+    @property
+    def variance(self) -> Tensor:
+        """Per channel [d], divisor N - 1 (Welford, VBP section 3)."""
+        return self.m2 / max(self.count - 1, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Over channels [d, d], divisor N."""
+        if self.comoment is None:
+            raise NumericalError("statistics: the second moment was not captured; the method must declare it needs it")
+        return self.comoment / self.count

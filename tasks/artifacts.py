@@ -1,0 +1,93 @@
+"""How values are written into artifacts and read back: safetensors for numbers, JSON for names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from heal.method import Statistics
+from heal.values import Allocation, ChannelCut, LayerStats, Mask
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Sorted, indented, with a newline at the end: the same content gives the same bytes."""
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text())
+
+
+def save_statistics(statistics: Statistics, folder: Path) -> None:
+    """statistics.safetensors (float64) and statistics.json (row counts)."""
+    tensors: dict[str, Tensor] = {}
+    for tap, stats in statistics.items():
+        tensors[f"{tap}/mean"], tensors[f"{tap}/m2"] = stats.mean, stats.m2
+        if stats.comoment is not None:
+            tensors[f"{tap}/comoment"] = stats.comoment
+    _save(tensors, folder / "statistics.safetensors")
+    write_json(folder / "statistics.json", {tap: {"count": stats.count} for tap, stats in statistics.items()})
+
+
+def load_statistics(folder: Path) -> dict[str, LayerStats]:
+    """What `save_statistics` wrote."""
+    tensors = load_file(folder / "statistics.safetensors")
+    counts = read_json(folder / "statistics.json")
+    return {
+        tap: LayerStats(
+            entry["count"], tensors[f"{tap}/mean"], tensors[f"{tap}/m2"], tensors.get(f"{tap}/comoment")
+        )
+        for tap, entry in counts.items()
+    }
+
+
+def save_allocation(allocation: Allocation, method: str, params: Mapping[str, Any], folder: Path) -> None:
+    """allocation.json."""
+    content = {
+        "method": method,
+        "params": dict(params),
+        "unit": allocation.unit,
+        "asked": allocation.asked,
+        "got": allocation.got,
+        "kept": dict(allocation.kept),
+        "total": dict(allocation.total),
+        "layers": list(allocation.kept),
+    }
+    write_json(folder / "allocation.json", content)
+
+
+def load_allocation(folder: Path) -> Allocation:
+    """What `save_allocation` wrote; layers in forward order."""
+    content = read_json(folder / "allocation.json")
+    kept = {layer: content["kept"][layer] for layer in content["layers"]}
+    return Allocation(content["unit"], kept, {layer: content["total"][layer] for layer in kept}, content["asked"])
+
+
+def save_pruned(pruned: Mask | ChannelCut, lines: tuple[str, ...], folder: Path) -> None:
+    """pruned.safetensors and pruned.json: what stays, and a line for people on each layer."""
+    tensors = {f"keep/{name}": keep for name, keep in pruned.keep.items()}
+    tensors |= {f"update/{name}": value for name, value in pruned.updates.items()}
+    _save(tensors, folder / "pruned.safetensors")
+    content: dict[str, Any] = {"kind": "mask", "names": list(pruned.keep), "lines": list(lines)}
+    if isinstance(pruned, ChannelCut):
+        content |= {"kind": "cut", "total": dict(pruned.total)}
+    write_json(folder / "pruned.json", content)
+
+
+def load_pruned(folder: Path) -> Mask | ChannelCut:
+    """What `save_pruned` wrote."""
+    content, tensors = read_json(folder / "pruned.json"), load_file(folder / "pruned.safetensors")
+    keep = {name: tensors[f"keep/{name}"] for name in content["names"]}
+    updates = {name.removeprefix("update/"): value for name, value in tensors.items() if name.startswith("update/")}
+    return Mask(keep, updates) if content["kind"] == "mask" else ChannelCut(keep, content["total"], updates)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().to(torch.device("cpu")).contiguous() for name, tensor in tensors.items()}, path)

@@ -1,0 +1,131 @@
+"""What code a stage computes with: the modules it imports on our floors, each as a hash of what it says.
+
+Comments, docstrings and formatting carry no weight, and neither do package `__init__` files, which
+only list names: a new healer must not invalidate anybody's healing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import grimp
+
+from heal.errors import InputError
+
+FLOORS = ("heal", "tasks")
+
+# These say how a stage is run and shown, not what it computes. Stages name Progress and Params in
+# annotations, and tasks.params imports every method there is: following it would tie all keys to all methods.
+MACHINERY = frozenset(
+    f"tasks.{name}"
+    for name in (
+        *("atomic", "code", "dvcfile", "keys", "manifest", "params", "params_file", "params_schema", "places", "plan"),
+        *("progress", "references", "runner", "state", "store", "table"),
+    )
+)
+
+
+def closure(module: str, methods: Iterable[str] = ()) -> dict[str, Path]:
+    """The modules that `module` and `methods` reach on our floors, with their files; sorted by name.
+
+    Raises InputError for a module that does not exist.
+    """
+    start = [module, *methods]
+    roots = _roots(start)
+    graph = _graph(tuple(roots), _fingerprint(roots))
+    reached: dict[str, Path] = {}
+    while start:
+        name = start.pop()
+        if name in reached or name in MACHINERY:
+            continue
+        if name not in graph.modules:
+            raise InputError(f"module {name} is not there; a stage or a method names it (searched {', '.join(roots)})")
+        file = _file(roots, name)
+        if file.name != "__init__.py":
+            reached[name] = file
+            start += graph.find_modules_directly_imported_by(name)
+    return dict(sorted(reached.items()))
+
+
+def hashes(module: str, methods: Iterable[str] = ()) -> dict[str, str]:
+    """Module name -> SHA-256 of what it says, for everything in the closure."""
+    return {name: hash_file(file) for name, file in closure(module, methods).items()}
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a Python file without comments, docstrings, `pass` and formatting."""
+    stat = file.stat()
+    return _hash(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _hash(file: Path, modified: int, size: int) -> str:
+    tree = ast.parse(file.read_bytes(), filename=str(file))
+    return hashlib.sha256("".join(_said(tree)).encode()).hexdigest()
+
+
+def _said(node: ast.AST) -> Iterator[str]:
+    """The tree as text. Not ast.unparse or ast.dump: both print the same code differently from one Python to the next
+    (f-string quotes since 3.12, empty lists and type_params in 3.13), and a key must survive that."""
+    yield f"{type(node).__name__}("
+    for field, value in ast.iter_fields(node):
+        if field not in ("kind", "type_comment") and value is not None and value != []:
+            yield f"{field}="
+            yield from _value(value)
+    yield ")"
+
+
+def _value(value: object) -> Iterator[str]:
+    if isinstance(value, ast.AST):
+        yield from _said(value)
+    elif isinstance(value, list):
+        for item in value:
+            if not _weightless(item):
+                yield from _value(item)
+        yield ";"
+    else:
+        yield f"{value!r},"
+
+
+def _weightless(node: object) -> bool:
+    """A docstring (any string that stands alone), or `pass`."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return isinstance(node, ast.Pass)
+
+
+def _roots(modules: Iterable[str]) -> dict[str, Path]:
+    """Top-level package -> its folder: our floors, and those of a stage or method that lives elsewhere."""
+    names = sorted({*FLOORS, *(module.partition(".")[0] for module in modules)})
+    return {name: _folder(name) for name in names}
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"package {package} cannot be found; it must be importable from where regrow runs")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _file(roots: dict[str, Path], module: str) -> Path:
+    """Found by path: importlib would import the parent packages, and torch with them."""
+    package, *rest = module.split(".")
+    path = roots[package].joinpath(*rest)
+    return path / "__init__.py" if path.is_dir() else path.with_name(path.name + ".py")
+
+
+def _fingerprint(roots: dict[str, Path]) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a Python file does, so that a long-lived process sees new code."""
+    files = sorted(file for root in roots.values() for file in root.rglob("*.py"))
+    return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()])
+
+
+@lru_cache(maxsize=4)
+def _graph(packages: tuple[str, ...], fingerprint: tuple[tuple[str, int, int], ...]) -> grimp.ImportGraph:
+    # No cache folder: it would appear in the user's working directory.
+    return grimp.build_graph(packages[0], *packages[1:], cache_dir=None, exclude_type_checking_imports=True)

@@ -1,0 +1,104 @@
+"""Stage: dense, pruned and healed on the same images: accuracy, agreement, size and measured latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from heal import bundle, cost
+from heal.evaluation import agreement, predict, top1
+from tasks import artifacts, models
+from tasks.images import load_evaluation
+
+if TYPE_CHECKING:
+    from tasks.images import EvaluationImages
+    from tasks.params import Params
+    from tasks.progress import Progress
+
+
+def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
+    """Write evaluation.json. Labels are read when `evaluation.labels` allows it, and the log says so."""
+    section = params.evaluation
+    folders = candidates(inputs)
+    networks = {name: models.load(folder, params.dense.adapter_allow) for name, folder in folders.items()}
+    preprocessing = bundle.read(inputs["dense"] / "bundle")["preprocessing"]
+    images = load_evaluation(section, preprocessing, progress)
+    measured: dict[str, Any] = {}
+    logits: dict[str, Tensor] = {}
+    for done, (name, network) in enumerate(networks.items(), start=1):
+        logits[name] = predict(network, images.array, section.batch_size)
+        measured[name] = _quality(logits[name], logits["dense"], images.labels)
+        measured[name] |= _size(network, folders[name], images.array.shape[1:])
+        progress.report("evaluation", done, len(networks))
+    timings = _latencies({name: networks[name] for name in section.latency_models if name in networks}, images, params)
+    for name, timing in timings.items():
+        measured[name]["latency"] = timing
+    content = {
+        "images": len(images.array),
+        "labels": images.labels is not None,
+        "models": measured,
+        "subsets": _by_subset(logits, images),
+        "budget": _budget(inputs["allocation"]) if "allocation" in inputs else None,
+    }
+    artifacts.write_json(output / "evaluation.json", content)
+    return {f"{_slug(name)}_{key}": entry[key] for name, entry in measured.items() for key in ("top1", "agreement") if entry[key] is not None}
+
+
+def candidates(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """The folders of everything to evaluate, in the order of its making."""
+    between = {}
+    reports = artifacts.read_json(inputs["healing"] / "healing.json")
+    for report in reports[:-1]:
+        between[f"after {report['method']}"] = inputs["healing"] / "after" / report["method"]
+    return {"dense": inputs["dense"], "pruned": inputs["pruning"], **between, "healed": inputs["healing"]}
+
+
+def _quality(logits: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, float | None]:
+    return {"top1": None if labels is None else top1(logits, labels), "agreement": agreement(logits, dense)}
+
+
+def _size(network: nn.Module, folder: Path, input_size: tuple[int, ...]) -> dict[str, int]:
+    return {
+        "parameters": cost.parameters(network),
+        "nonzeros": cost.nonzeros(network),
+        "macs": cost.macs(network, input_size),
+        "bytes": (folder / "bundle" / "weights.safetensors").stat().st_size,
+    }
+
+
+def _latencies(networks: dict[str, nn.Module], images: EvaluationImages, params: Params) -> dict[str, dict[str, Any]]:
+    """Seconds a batch by model and batch size, measured side by side."""
+    section = params.evaluation
+    timings: dict[str, dict[str, Any]] = {name: {} for name in networks}
+    for size in section.latency_batches if section.latency_rounds else ():
+        indices = torch.arange(size) % len(images.array)
+        for name, timing in cost.latency(networks, images.array[indices], section.latency_rounds).items():
+            timings[name][str(size)] = asdict(timing)
+    return timings
+
+
+def _by_subset(logits: Mapping[str, Tensor], images: EvaluationImages) -> dict[str, dict[str, Any]]:
+    """Top-1 of every model on every named subset of the labelled images."""
+    if images.labels is None or images.subsets is None:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for subset in sorted(set(images.subsets)):
+        rows = torch.tensor([i for i, name in enumerate(images.subsets) if name == subset])
+        shares = {name: top1(values[rows], images.labels[rows]) for name, values in logits.items()}
+        found[subset] = {"images": len(rows), "top1": shares}
+    return found
+
+
+def _budget(folder: Path) -> dict[str, Any]:
+    allocation = artifacts.load_allocation(folder)
+    total = sum(allocation.total.values())
+    return {"unit": allocation.unit, "asked": allocation.asked, "got": allocation.got, "total": total}
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_")

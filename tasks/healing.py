@@ -1,0 +1,59 @@
+"""Stage: the list of healers, one after another, on unlabeled calibration images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heal.healers import HEALERS
+from heal.method import HealContext
+from tasks import artifacts, models
+from tasks.images import load_calibration
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+    from tasks.progress import Progress
+
+
+def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
+    """Write the healed bundle, the bundle after every healer but the last, and the reports."""
+    section = params.healing
+    device = models.device_of(section.device)
+    teacher = models.load(inputs["dense"], params.dense.adapter_allow).to(device)
+    student = models.load(inputs["pruning"], params.dense.adapter_allow).to(device)
+    images = load_calibration(inputs["calibration"], progress.checkpoints)
+    calibration = artifacts.read_json(inputs["calibration"] / "calibration.json")
+    pruned = artifacts.load_pruned(inputs["pruning"])
+    statistics = artifacts.load_statistics(inputs["activations"])
+    reports = []
+    for number, name in enumerate(section.methods):
+        context = HealContext(
+            statistics,
+            pruned,
+            section.seed,
+            checkpoints=progress.checkpoints / f"{number}-{name}",
+            checkpoint_saved=progress.checkpoint_saved,
+            report=progress.report,
+            log=progress.log,
+        )
+        options = section.options(name)
+        reports.append(HEALERS[name](**options).heal(student, teacher, images, context))
+        is_last = number == len(section.methods) - 1
+        folder = output if is_last else output / "after" / name
+        methods = {"healers": list(section.methods[: number + 1]), "params": options}
+        models.save_child(student, folder, inputs["dense"], pruned, methods, calibration)
+    artifacts.write_json(output / "healing.json", [_timeless(asdict(report)) for report in reports])
+    return {f"{report.method}_seconds": report.seconds for report in reports} | {
+        "alignment_before": _mean(reports[0].alignment_before),
+        "alignment_after": _mean(reports[-1].alignment_after),
+    }
+
+
+def _timeless(report):  # type: ignore[no-untyped-def]
+    """Without the seconds: an artifact's digest must not depend on how fast the machine was."""
+    return {key: value for key, value in report.items() if key != "seconds"}
+
+
+def _mean(alignment):  # type: ignore[no-untyped-def]
+    return sum(alignment.values()) / len(alignment) if alignment else 0.0

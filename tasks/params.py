@@ -1,0 +1,201 @@
+"""The experiment's params: one file and its overrides, checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from heal.errors import MethodError
+from tasks import methods
+from tasks import params_schema as schema
+from tasks.params_check import checked
+from tasks.params_file import Json, ParamsError, Written, override, read
+
+if TYPE_CHECKING:
+    from heal.method import Allocator, Healer, Pruner
+
+__all__ = ["Params", "ParamsError", "UndeclaredReadError", "load"]
+
+Scalar: TypeAlias = str | int | float | bool | None
+AnySection = TypeVar("AnySection", bound=schema.Section)
+
+# What a stage is permitted, not what it computes: open to every stage, part of no key.
+PERMISSIONS = ("dense.adapter_allow",)
+
+
+class UndeclaredReadError(Exception):
+    """A stage read a param that its row in table.py does not declare: a bug in the stage."""
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Params:
+    """The params of a file (None: the defaults) with `section.key=value` overrides on top.
+
+    Raises ParamsError with one line for each thing to change, MethodError when the methods named
+    make no sense together.
+    """
+    written = override(Written() if path is None else read(path), overrides)
+    params = Params(checked(written), written.places)
+    contradictions = list(methods.contradictions(params.sections, params.where))
+    if contradictions:
+        raise MethodError("\n".join(contradictions))
+    return params
+
+
+@dataclass(frozen=True)
+class Params:
+    """Every section, typed; `restrict` gives a stage the part that it declares.
+
+    `allowed` holds the dotted keys that may be read (None: all).
+    """
+
+    sections: schema.Sections = field(repr=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    allowed: tuple[str, ...] | None = None
+
+    @property
+    def dense(self) -> schema.Dense:
+        return self._section("dense", schema.Dense)
+
+    @property
+    def calibration(self) -> schema.Calibration:
+        return self._section("calibration", schema.Calibration)
+
+    @property
+    def activations(self) -> schema.Activations:
+        return self._section("activations", schema.Activations)
+
+    @property
+    def allocation(self) -> schema.Allocation:
+        return self._section("allocation", schema.Allocation)
+
+    @property
+    def pruning(self) -> schema.Pruning:
+        return self._section("pruning", schema.Pruning)
+
+    @property
+    def healing(self) -> schema.Healing:
+        return self._section("healing", schema.Healing)
+
+    @property
+    def evaluation(self) -> schema.Evaluation:
+        return self._section("evaluation", schema.Evaluation)
+
+    @property
+    def report(self) -> schema.Report:
+        return self._section("report", schema.Report)
+
+    @property
+    def registration(self) -> schema.Registration:
+        return self._section("registration", schema.Registration)
+
+    @property
+    def promotion(self) -> schema.Promotion:
+        return self._section("promotion", schema.Promotion)
+
+    def allocator(self) -> Allocator:
+        """The allocator that allocation.method names."""
+        self._require("allocation")
+        return methods.allocator(self.sections)
+
+    def pruner(self) -> Pruner:
+        """The pruner that pruning.method names."""
+        self._require("pruning")
+        return methods.pruner(self.sections)
+
+    def healers(self) -> tuple[Healer, ...]:
+        """The healers that healing.methods names, in order."""
+        self._require("healing")
+        return tuple(methods.healer(self.sections, name) for name in self.sections.healing.methods)
+
+    def methods(self) -> tuple[Allocator | Pruner | Healer, ...]:
+        """All methods, for a stage that reads only their `needs`: it declares the three method names."""
+        for section, key in methods.METHOD_KEYS.items():
+            self._require(f"{section}.{key}")
+        healers = [methods.healer(self.sections, name) for name in self.sections.healing.methods]
+        return (methods.allocator(self.sections), methods.pruner(self.sections), *healers)
+
+    def slice(self, keys: Sequence[str]) -> dict[str, Json]:
+        """The values under the dotted keys, defaults filled in: what a stage's key is made of.
+
+        Of the methods' params only those of the methods named count. A method's name alone
+        (`healing.methods`) brings the `needs` of those methods along, not their params.
+        """
+        found: dict[str, Json] = {}
+        for key in keys:
+            section, _, leaf = key.partition(".")
+            values = self._plain(section)
+            for permission in PERMISSIONS:
+                values.pop(permission.removeprefix(f"{section}."), None)
+            if not leaf:
+                found[section] = values
+            else:
+                part = found.setdefault(section, {})
+                assert isinstance(part, dict)
+                part[leaf] = values[leaf]
+        if any(f"{section}.{leaf}" in keys for section, leaf in methods.METHOD_KEYS.items()):
+            found["needs"] = list(methods.needs(self.sections))
+        return found
+
+    def restrict(self, keys: Sequence[str]) -> Params:
+        """The same params, of which only the dotted keys may be read."""
+        return replace(self, allowed=tuple(keys))
+
+    def method_modules(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """The modules of the named methods whose whole section is among the keys."""
+        used = [(section, name) for section, name in methods.named(self.sections) if section in keys]
+        return tuple(methods.known(section)[name].__module__ for section, name in used)
+
+    def where(self, dotted: str) -> str:
+        """Where a key was set: "params.yaml:12", "-S a.b=1", or "default"."""
+        return Written({}, dict(self.places)).place(dotted) or "default"
+
+    def flat(self) -> dict[str, Scalar]:
+        """Dotted key -> scalar, for MLflow; lists become comma-separated text."""
+        return {
+            f"{section}.{key}": value
+            for section in schema.Sections.model_fields
+            for key, value in _leaves(self._plain(section))
+        }
+
+    def _section(self, name: str, kind: type[AnySection]) -> AnySection:
+        section: AnySection = getattr(self.sections, name)
+        if self.allowed is None or name in self.allowed:
+            return section
+        leaves = frozenset(key.partition(".")[2] for key in (*self.allowed, *PERMISSIONS) if key.startswith(f"{name}."))
+        return _Partial(section, name, leaves)  # type: ignore[return-value]
+
+    def _require(self, key: str) -> None:
+        if self.allowed is not None and not {key, key.partition(".")[0]} & set(self.allowed):
+            raise UndeclaredReadError(f"{key} is read but not declared in the stage's row of table.py")
+
+    def _plain(self, section: str) -> dict[str, Json]:
+        values: dict[str, Json] = getattr(self.sections, section).model_dump(mode="json")
+        if section in methods.METHOD_KEYS:
+            used = {name for of, name in methods.named(self.sections) if of == section}
+            others = set(methods.known(section)) - used
+            values = {key: value for key, value in values.items() if key not in others}
+        return values
+
+
+class _Partial:
+    """A section of which only some keys may be read."""
+
+    def __init__(self, section: schema.Section, name: str, leaves: frozenset[str]) -> None:
+        self._section, self._name, self._leaves = section, name, leaves
+
+    def __getattr__(self, key: str) -> Any:
+        if key not in self._leaves:
+            raise UndeclaredReadError(f"{self._name}.{key} is read but not declared in the stage's row of table.py")
+        return getattr(self._section, key)
+
+
+def _leaves(values: Mapping[str, Json]) -> Iterator[tuple[str, Scalar]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{below}", leaf) for below, leaf in _leaves(value))
+        elif isinstance(value, list):
+            yield key, ", ".join(str(item) for item in value)
+        else:
+            yield key, value

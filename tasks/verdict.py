@@ -1,0 +1,66 @@
+"""What a result means, in one plain sentence, and what should make a reader doubt it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tasks.summary import Row, percent, points, span, times
+
+AT_CHANCE = 1.5  # times the chance level: below it, top-1 says no more than guessing
+
+
+def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
+    """Size, speed and accuracy of the last model against dense. `kind` is mask or cut: zeros never imply speed."""
+    dense, last = rows[0], rows[-1]
+    gain = _size(dense, last)
+    if kind == "mask":
+        smaller = last.bytes < dense.bytes
+        opening = f"{'Smaller' if smaller else 'No smaller'} file, same speed on plain runtimes: {gain}"
+    else:
+        opening = f"{gain[0].upper()}{gain[1:]}, {_speed(dense, last)}"
+    return f"{opening}; {_accuracy(rows, images)}."
+
+
+def warnings(rows: Sequence[Row], classes: int | None) -> list[str]:
+    """Sentences for a reader who would otherwise trust the figures too much."""
+    found = []
+    pruned = next((row for row in rows if row.name == "pruned"), None)
+    if pruned is not None and pruned.top1 is not None and classes and pruned.top1 <= AT_CHANCE / classes:
+        found.append(
+            "Right after pruning the model was at chance, so healing started from noise. "
+            "A smaller budget that leaves the pruned model above chance heals better."
+        )
+    if rows[-1].bytes >= rows[0].bytes:
+        found.append("The weights file did not get smaller: packing does not pay at this sparsity.")
+    return found
+
+
+def _size(dense: Row, last: Row) -> str:
+    change = 1 - last.bytes / dense.bytes
+    return f"the weights file is {100 * abs(change):.0f} % {'smaller' if change >= 0 else 'larger'}"
+
+
+def _speed(dense: Row, last: Row) -> str:
+    timed = sorted(dense.latency.keys() & last.latency.keys())
+    if not timed:
+        return "speed was not measured"
+    ratio = last.speedup(dense, timed[0])
+    assert ratio is not None
+    spread = f"{times(ratio.median)}, {span(ratio, lambda value: f'{value:.2f}')} between quartiles"
+    if ratio.low <= 1 <= ratio.high:
+        return f"and speed did not measurably change (batch of {timed[0]}: {spread})"
+    return f"and a batch of {timed[0]} runs measurably {'faster' if ratio.median > 1 else 'slower'} ({spread})"
+
+
+def _accuracy(rows: Sequence[Row], images: int) -> str:
+    dense, last = rows[0], rows[-1]
+    before = next((row for row in rows if row.name == "pruned"), last)
+    if last.top1 is not None and dense.top1 is not None:
+        gap = points(last.top1 - dense.top1, images)
+        rise = f"{percent(before.top1, images)} % before healing and " if before.top1 is not None else ""
+        return f"top-1 is {percent(last.top1, images)} %, after {rise}{percent(dense.top1, images)} % dense ({gap})"
+    if last.agreement is None:
+        return "accuracy was not measured"
+    rise = f" (before healing {percent(before.agreement, images)} %)" if before.agreement is not None else ""
+    shown = f"it agrees with the dense model on {percent(last.agreement, images)} % of the images{rise}"
+    return f"{shown}; no labels were used, so top-1 is unknown"
