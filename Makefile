@@ -22,7 +22,7 @@ help:
 	@echo "make test     the same, and every test but the slow ones (what CI runs)"
 	@echo "make golden   the slow tests: long numeric references"
 	@echo "make bench    measure again the tables of benchmarks/"
-	@echo "make clean    remove the environment, the caches and the local state (.regrow)"
+	@echo "make clean    remove the environment and the caches, not .regrow: it holds the registry"
 
 install: $(STAMP)
 
@@ -56,5 +56,5 @@ bench: $(STAMP)
 	for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:
-	rm -rf $(VENV) .regrow .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find heal tasks flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from heal.architecture import Architecture
     from heal.bundle import load, save
     from heal.errors import HealError, InputError
-    from heal.recompress import RecompressionReport, Result, recompress
+    from heal.recompression import RecompressionReport, Result, recompress
     from heal.values import NM, Allocation, Budget, ChannelCut, LayerStats, Mask
 
 # Imported on first use: timm costs seconds, and a command that only reads a bundle needs no method.
@@ -26,10 +26,10 @@ _HOMES = {
     "InputError": "heal.errors",
     "LayerStats": "heal.values",
     "Mask": "heal.values",
-    "RecompressionReport": "heal.recompress",
-    "Result": "heal.recompress",
+    "RecompressionReport": "heal.recompression",
+    "Result": "heal.recompression",
     "load": "heal.bundle",
-    "recompress": "heal.recompress",
+    "recompress": "heal.recompression",
     "save": "heal.bundle",
 }
 

@@ -86,7 +86,9 @@ class Architecture:
         try:
             build = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
-            raise ArchitectureError(f"adapter {self.name!r} cannot be imported: {error}; install its package") from error
+            raise ArchitectureError(
+                f"adapter {self.name!r} cannot be imported: {error}; install its package"
+            ) from error
         model = build(**self.kwargs)
         if not isinstance(model, nn.Module):
             raise ArchitectureError(f"adapter {self.name!r} returned a {type(model).__name__}, not an nn.Module")
@@ -120,9 +122,15 @@ def of(model: nn.Module) -> Architecture:
 
     Verified by building it (on the meta device): see `changes`. Raises ArchitectureError.
     """
-    candidate = getattr(model, _REMEMBERED, None) or _from_timm(model)
-    changes(candidate, model)
-    return candidate
+    return recognise(model)[0]
+
+
+def recognise(model: nn.Module, given: Architecture | None = None) -> tuple[Architecture, Changes]:
+    """The architecture of a model, the given one or its own, and what pruning changed. Raises ArchitectureError."""
+    remembered: Architecture | None = getattr(model, _REMEMBERED, None)
+    is_adapter = remembered is not None and remembered.source == "adapter"
+    recipe = given or (remembered if is_adapter else None) or _from_timm(model, remembered)
+    return recipe, changes(recipe, model)
 
 
 def changes(architecture: Architecture, model: nn.Module) -> Changes:
@@ -147,7 +155,9 @@ def changes(architecture: Architecture, model: nn.Module) -> Changes:
 def _added_biases(model: nn.Module, skeleton: nn.Module) -> tuple[str, ...]:
     layers = {name: layer for name, layer in skeleton.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     bare = {name for name, layer in layers.items() if layer.bias is None}
-    return tuple(name for name, layer in model.named_modules() if name in bare and getattr(layer, "bias", None) is not None)
+    return tuple(
+        name for name, layer in model.named_modules() if name in bare and getattr(layer, "bias", None) is not None
+    )
 
 
 def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +175,8 @@ def _with_tuples(value: Any) -> Any:
     return {key: _with_tuples(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _from_timm(model: nn.Module) -> Architecture:
+def _from_timm(model: nn.Module, remembered: Architecture | None) -> Architecture:
+    """From the name and the kwargs that the model was made with, and the settings that it shows now."""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None
     if not name:
@@ -173,11 +184,12 @@ def _from_timm(model: nn.Module) -> Architecture:
             f"{type(model).__name__} does not say how it was built (it is not a timm model); "
             "pass architecture=heal.Architecture('adapter', 'package.module:function', kwargs)"
         )
-    recorded = {key: value for key, value in getattr(model, "_model_args", {}).items() if _is_recipe(key, value)}
-    kwargs = recorded | {"num_classes": _settings(model)["num_classes"]}
+    given = remembered.kwargs if remembered else getattr(model, "_model_args", {})
+    recorded = {key: value for key, value in given.items() if _is_recipe(key, value)}
+    present = {key: value for key, value in _settings(model).items() if value is not None}
+    kwargs = recorded | {key: value for key, value in present.items() if key == "num_classes"}
     built = _settings(_skeleton(Architecture("timm", name, kwargs)))
-    changed = {key: value for key, value in _settings(model).items() if value is not None and value != built[key]}
-    return Architecture("timm", name, kwargs | changed)
+    return Architecture("timm", name, kwargs | {key: value for key, value in present.items() if value != built[key]})
 
 
 def _is_recipe(key: str, value: object) -> bool:

@@ -45,17 +45,17 @@ def _refuse_foreign(folder: Path, mark: str, known: Collection[str]) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename; a folder in the way is set aside first and comes back when the rename fails."""
-    if not target.exists():
+    """Rename; a full folder in the way is set aside first and comes back when the rename does not happen."""
+    if not target.exists() or not any(target.iterdir()):
         source.rename(target)
         return
     aside = source.with_name(source.name + ".old")
     target.rename(aside)
     try:
         source.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
+    finally:
+        if not target.exists():
+            aside.rename(target)
     shutil.rmtree(aside)
 
 

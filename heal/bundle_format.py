@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from heal.errors import BundleError
+from heal.naming import nearest
 from heal.packing import LAYOUT
 from heal.weights_file import DENSE, DTYPES
 
@@ -28,6 +29,7 @@ METADATA = ("class_names", "preprocessing", "parent_digest", "method", "calibrat
 _TYPES: dict[str, tuple[type, ...]] = {
     "architecture": (dict,),
     "channels": (dict,),
+    "biases": (list,),
     "tensors": (dict,),
     "dtype": (str,),
     "files": (dict,),
@@ -89,14 +91,19 @@ def parse(data: bytes, where: Path) -> dict[str, Any]:
     return found
 
 
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise BundleError for a key that bundles do not have, or a value of the wrong type."""
+def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of METADATA, None where not given, as it comes back from JSON.
+
+    Raises BundleError for a key that bundles do not have, or a value of the wrong type.
+    """
     unknown = sorted(metadata.keys() - set(METADATA))
     if unknown:
-        raise BundleError(f"metadata {unknown[0]!r} is unknown; known: {', '.join(METADATA)}")
-    problem = next(_wrong_types({key: metadata.get(key) for key in METADATA}, METADATA), None)
+        raise BundleError(f"metadata {unknown[0]!r} is unknown; {nearest(unknown[0], METADATA)}")
+    plain: dict[str, Any] = json.loads(dumps({key: metadata.get(key) for key in METADATA}, "metadata"))
+    problem = next(_wrong_metadata(plain), None)
     if problem:
         raise BundleError(f"metadata: {problem}")
+    return plain
 
 
 def _no_constant(name: str) -> None:
@@ -105,8 +112,11 @@ def _no_constant(name: str) -> None:
 
 def _problems(found: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrong_types(found, _TYPES)
+    yield from _wrong_metadata(found)
+    if {key: type(value) for key, value in found["architecture"].items()} != _ARCHITECTURE:
+        yield f"architecture {found['architecture']!r} is not source, name and kwargs"
     for group, width in found["channels"].items():
-        if not _is_count(width) or width == 0:
+        if not _is_positive(width):
             yield f"channels of {group!r} are {width!r}, not a positive number"
     for name, entry in found["tensors"].items():
         if not _is_entry(entry):
@@ -120,6 +130,14 @@ def _problems(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"it lists no {WEIGHTS}"
 
 
+def _wrong_metadata(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from _wrong_types(found, METADATA)
+    preprocessing = found["preprocessing"] or {}
+    for key, fits in _PREPROCESSING.items():
+        if preprocessing.get(key) is not None and not fits(preprocessing[key]):
+            yield f"preprocessing {key} = {preprocessing[key]!r} makes no sense"
+
+
 def _wrong_types(found: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         if key not in found:
@@ -127,8 +145,9 @@ def _wrong_types(found: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]
         elif not isinstance(found[key], _TYPES[key]):
             names = " or ".join("null" if t is type(None) else t.__name__ for t in _TYPES[key])
             yield f"{key!r} is a {type(found[key]).__name__}, not {names}"
-    if not all(isinstance(name, str) for name in found.get("class_names") or ()):
-        yield "'class_names' are not all strings"
+    for key in ("class_names", "biases"):
+        if not all(isinstance(name, str) for name in found.get(key) or ()):
+            yield f"{key!r} are not all strings"
 
 
 def _is_entry(entry: object) -> bool:
@@ -141,5 +160,32 @@ def _is_entry(entry: object) -> bool:
     )
 
 
+def _is_positive(value: object) -> bool:
+    return _is_count(value) and value != 0
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value))
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(number) in (int, float) for number in value)
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+_ARCHITECTURE = {"source": str, "name": str, "kwargs": dict}
+_PREPROCESSING = {  # what is read from it here; other keys pass
+    "size": _is_size,
+    "resize": _is_positive,
+    "crop": _is_word,
+    "interpolation": _is_word,
+    "mean": _is_colour,
+    "std": _is_colour,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Replay:
         if is_array(self.images):
             yield from self._dealt(self.images, first)
             return
-        for index, batch in enumerate(self.images):
+        for index, batch in enumerate(cast("Iterable[Tensor]", self.images)):
             if index >= first:
                 yield checked(batch)
 
@@ -67,7 +67,7 @@ class Replay:
             yield checked(images[order[start : start + self.batch_size]])
 
 
-def is_array(images: Images) -> TypeGuard[ImageArray]:
+def is_array(images: Images) -> TypeGuard[Tensor | ImageArray]:
     """Whether images are fetched by index (rather than handed over in ready batches)."""
     return hasattr(images, "shape") and not isinstance(images, (list, tuple))
 

@@ -89,7 +89,9 @@ class HealingReport:
 
 def check(family: Family, budget: Budget, allocator: Allocator, pruner: Pruner, healers: Iterable[Healer]) -> None:
     """Refuse a combination that makes no sense, with the reason. Raises MethodError, ArchitectureError."""
-    for kind, method in [("allocator", allocator), ("pruner", pruner), *(("healer", healer) for healer in healers)]:
+    methods: list[tuple[str, Allocator | Pruner | Healer]] = [("allocator", allocator), ("pruner", pruner)]
+    methods += [("healer", healer) for healer in healers]
+    for kind, method in methods:
         if method.unit not in ("any", budget.unit):
             raise MethodError(
                 f"{kind} {name_of(method)} works on {method.unit}, but the budget is in {budget.unit}; "

@@ -39,10 +39,10 @@ def rows(state: Tensor, layout: Layout) -> Tensor:
 
 def cosine(student: Tensor, teacher_unit: Tensor) -> Tensor:
     """Mean cosine (scalar) between rows [r, d] and unit rows [r, d], float32."""
-    return ((student * teacher_unit).sum(-1) / student.norm(dim=-1).clamp_min(EPS)).mean()
+    return ((student * teacher_unit).sum(-1) / _length(student)).mean()
 
 
-def alignment(student: nn.Module, teacher: nn.Module, images: Images, limit: int = 256) -> dict[str, float]:
+def alignment(student: nn.Module, teacher: nn.Module, images: Images, limit: int = 128) -> dict[str, float]:
     """Mean cosine per block between student and teacher over the first `limit` images; 1 is perfect."""
     family = describe(teacher)
     sums, weight = dict.fromkeys(family.blocks, 0.0), 0
@@ -141,7 +141,12 @@ class TeacherStates:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
+    return x / _length(x).unsqueeze(-1)
+
+
+def _length(x: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return length.clamp_min(EPS)
 
 
 def _keeper(outputs: dict[str, Tensor], block: str) -> Callable[[Tensor], None]:
@@ -155,5 +160,3 @@ def _count(replay: Replay) -> int:
     if is_array(replay.images):
         return int(replay.images.shape[0])
     return sum(len(batch) for batch in replay)
-
-

@@ -104,7 +104,7 @@ def _step(optimiser: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter
 
 
 def _finite(value: Tensor, name: str, step: int) -> float:
-    number = float(value)
+    number = float(value.detach())
     if not math.isfinite(number):
         raise NumericalError(f"{name}: the loss is {number} at step {step}; lower healing.{name}.lr, or use float32")
     return number
@@ -115,9 +115,7 @@ def _on_device(mask: Mask, trainable: Mapping[str, nn.Parameter]) -> dict[str, T
     return {name: keep.to(trainable[name]) for name, keep in names.items() if name in trainable}
 
 
-def _autocast(
-    device: torch.device, precision: str, log: Callable[[str], None]
-) -> Callable[[], torch.autocast]:
+def _autocast(device: torch.device, precision: str, log: Callable[[str], None]) -> Callable[[], torch.autocast]:
     """bfloat16 where the hardware multiplies it natively, else float32 (emulation is 20 times slower)."""
     if precision == "auto":
         precision = "bfloat16" if _multiplies_bfloat16(device) else "float32"
@@ -127,7 +125,7 @@ def _autocast(
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -152,7 +150,7 @@ class _Checkpoint:
         """Take up the last checkpoint, if there is one of this schedule; the losses so far."""
         if self.path is None or not self.path.exists():
             return []
-        with safe_open(self.path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(self.path, framework="pt") as file:
             if (file.metadata() or {}).get("schedule") != self.schedule:
                 self.context.log(f"checkpoint {self.path.name} is of another schedule: starting anew")
                 return []

@@ -30,7 +30,7 @@ class Budget:
         if not 0 <= self.fraction < 1:
             hint = f"; did you mean {self.fraction / 100:g}?" if 1 <= self.fraction < 100 else ""
             raise BudgetError(
-                f"budget {self.unit} = {self.fraction:g} is not a fraction in [0, 1): it says what share to remove{hint}"
+                f"budget {self.unit} = {self.fraction:g} is not a fraction in [0, 1), the share to remove{hint}"
             )
 
     @property
@@ -143,6 +143,11 @@ class ChannelCut:
                 raise BudgetError(f"cut of {group} would leave no channel; lower the budget")
             if bool((keep.diff() <= 0).any()) or int(keep[0]) < 0 or int(keep[-1]) >= self.total[group]:
                 raise ValueError(f"cut of {group}: indices must ascend within 0..{self.total[group] - 1}")
+
+    @property
+    def removed(self) -> int:
+        """How many channels go."""
+        return sum(self.total.values()) - sum(len(keep) for keep in self.keep.values())
 
 
 @dataclass(frozen=True)

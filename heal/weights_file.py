@@ -37,6 +37,7 @@ _DTYPES = {
     )
 }
 DTYPES = frozenset(_DTYPES)
+FLOATING = frozenset(name for name, dtype in _DTYPES.items() if dtype.is_floating_point)
 
 Entries = dict[str, dict[str, Any]]
 
@@ -54,7 +55,7 @@ def encode(state: Mapping[str, Tensor], keep: Mapping[str, Tensor], dtype: str) 
     entries: Entries = {}
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        tensor = _finite(name, tensor.detach().cpu())
+        tensor = _finite(name, tensor)
         narrow = _narrowed(name, tensor, _DTYPES[dtype])
         mask = _mask_worth_packing(name, tensor, keep)
         entries[name] = _entry(tensor, narrow, DENSE if mask is None else LAYOUT)
@@ -84,6 +85,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise WeightsError(f"the model's state {name} is a {type(tensor).__name__}; a bundle holds tensors only")
+    tensor = tensor.detach().cpu()
     if _name(tensor.dtype) not in DTYPES:
         raise WeightsError(f"tensor {name} is {tensor.dtype}, which a bundle does not hold; convert it first")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -108,7 +112,9 @@ def _mask_worth_packing(name: str, tensor: Tensor, keep: Mapping[str, Tensor]) -
         return None
     mask = keep[name].cpu()
     if mask.shape != tensor.shape:
-        raise WeightsError(f"the mask of {name} is {list(mask.shape)}, the tensor {list(tensor.shape)}; mask it as it is")
+        raise WeightsError(
+            f"the mask of {name} is {list(mask.shape)}, the tensor {list(tensor.shape)}; mask it as it is"
+        )
     outside = int(tensor[~mask].count_nonzero())
     if outside:
         raise WeightsError(f"tensor {name}: {outside} weights outside its mask are not zero; apply the mask first")

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heal.allocators import ALLOCATORS
 from heal.families.lookup import describe
-from heal.healers import HEALERS
 from heal.method import taps
-from heal.pruners import PRUNERS
 from heal.statistics import capture
 from tasks import artifacts, models
 from tasks.images import load_calibration
@@ -22,17 +19,9 @@ if TYPE_CHECKING:
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
     """Capture the union of what the named methods need; an empty artifact when they need nothing."""
     dense = models.load(inputs["dense"], params.dense.adapter_allow)
-    wanted = taps(describe(dense), _methods(params))
+    wanted = taps(describe(dense), params.methods())
     images = load_calibration(inputs["calibration"], progress.checkpoints)
     batch_size = params.activations.batch_size
     statistics = capture(dense, images, wanted, batch_size, progress.report) if wanted else {}
     artifacts.save_statistics(statistics, output)
     return {"taps": float(len(wanted)), "images": float(len(images))}
-
-
-def _methods(params: Params):  # type: ignore[no-untyped-def]
-    """The named methods with default params: which statistics are captured may not depend on the others."""
-    yield ALLOCATORS[params.allocation.method](**params.allocation.options(params.allocation.method))
-    yield PRUNERS[params.pruning.method](**params.pruning.options(params.pruning.method))
-    for healer in params.healing.methods:
-        yield HEALERS[healer]()

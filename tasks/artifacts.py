@@ -41,9 +41,7 @@ def load_statistics(folder: Path) -> dict[str, LayerStats]:
     tensors = load_file(folder / "statistics.safetensors")
     counts = read_json(folder / "statistics.json")
     return {
-        tap: LayerStats(
-            entry["count"], tensors[f"{tap}/mean"], tensors[f"{tap}/m2"], tensors.get(f"{tap}/comoment")
-        )
+        tap: LayerStats(entry["count"], tensors[f"{tap}/mean"], tensors[f"{tap}/m2"], tensors.get(f"{tap}/comoment"))
         for tap, entry in counts.items()
     }
 

@@ -1,7 +1,9 @@
 """What code a stage computes with: the modules it imports on our floors, each as a hash of what it says.
 
 Comments, docstrings and formatting carry no weight, and neither do package `__init__` files, which
-only list names: a new healer must not invalidate anybody's healing.
+only list names: a new healer must not invalidate anybody's healing. So the registries of methods are
+not followed; the methods that params name are handed in. Other packages are looked through, for
+nothing else says which of their modules count (a model's family is known only when it is there).
 """
 
 from __future__ import annotations
@@ -19,13 +21,28 @@ from heal.errors import InputError
 
 FLOORS = ("heal", "tasks")
 
+REGISTRIES = frozenset({"heal.allocators", "heal.pruners", "heal.healers"})
+
 # These say how a stage is run and shown, not what it computes. Stages name Progress and Params in
 # annotations, and tasks.params imports every method there is: following it would tie all keys to all methods.
 MACHINERY = frozenset(
     f"tasks.{name}"
     for name in (
-        *("atomic", "code", "dvcfile", "keys", "manifest", "params", "params_file", "params_schema", "places", "plan"),
-        *("progress", "references", "runner", "state", "store", "table"),
+        *(
+            "atomic",
+            "checkpoints",
+            "code",
+            "dvcfile",
+            "gc",
+            "keys",
+            "manifest",
+            "methods",
+            "places",
+            "plan",
+            "progress",
+            "references",
+        ),
+        *("params", "params_check", "params_file", "params_schema", "resolve", "runner", "state", "store", "table"),
     )
 )
 
@@ -45,22 +62,39 @@ def closure(module: str, methods: Iterable[str] = ()) -> dict[str, Path]:
             continue
         if name not in graph.modules:
             raise InputError(f"module {name} is not there; a stage or a method names it (searched {', '.join(roots)})")
-        file = _file(roots, name)
-        if file.name != "__init__.py":
-            reached[name] = file
+        reached[name] = _file(roots, name)
+        if name not in REGISTRIES:
             start += graph.find_modules_directly_imported_by(name)
-    return dict(sorted(reached.items()))
+    return {name: file for name, file in sorted(reached.items()) if file.name != "__init__.py"}
 
 
-def hashes(module: str, methods: Iterable[str] = ()) -> dict[str, str]:
-    """Module name -> SHA-256 of what it says, for everything in the closure."""
-    return {name: hash_file(file) for name, file in closure(module, methods).items()}
+def hashes(module: str, methods: Iterable[str] = (), files: Iterable[str] = ()) -> dict[str, str]:
+    """Path from the root of our floors -> SHA-256 of what it says, for the closure and for files beside the module."""
+    said = {f"{name.replace('.', '/')}.py": hash_file(file) for name, file in closure(module, methods).items()}
+    return said | {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in _beside(module, files)}
+
+
+def modules_in(package: str) -> list[str]:
+    """The modules directly in a package, without its `__init__`; sorted."""
+    folder = _file(_roots([package]), package).parent
+    return sorted(f"{package}.{file.stem}" for file in folder.glob("*.py") if file.stem != "__init__")
 
 
 def hash_file(file: Path) -> str:
     """SHA-256 of a Python file without comments, docstrings, `pass` and formatting."""
     stat = file.stat()
     return _hash(file, stat.st_mtime_ns, stat.st_size)
+
+
+def _beside(module: str, files: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    package, _, _ = module.rpartition(".")
+    folder = _file(_roots([package]), package).parent
+    for name in files:
+        found = [folder / name] if (folder / name).is_file() else sorted(folder.joinpath(name).rglob("*"))
+        inside = [file for file in found if file.is_file()]
+        if not inside:
+            raise InputError(f"{folder / name} is not there; the stage table says that {module} computes with it")
+        yield from ((f"{package.replace('.', '/')}/{file.relative_to(folder).as_posix()}", file) for file in inside)
 
 
 @lru_cache(maxsize=1024)

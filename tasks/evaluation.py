@@ -27,7 +27,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     folders = candidates(inputs)
     networks = {name: models.load(folder, params.dense.adapter_allow) for name, folder in folders.items()}
     preprocessing = bundle.read(inputs["dense"] / "bundle")["preprocessing"]
-    images = load_evaluation(section, preprocessing, progress)
+    images = load_evaluation(section, preprocessing, progress, inputs["calibration"])
     measured: dict[str, Any] = {}
     logits: dict[str, Tensor] = {}
     for done, (name, network) in enumerate(networks.items(), start=1):
@@ -43,10 +43,10 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         "labels": images.labels is not None,
         "models": measured,
         "subsets": _by_subset(logits, images),
-        "budget": _budget(inputs["allocation"]) if "allocation" in inputs else None,
+        "budget": _budget(inputs["allocation"]),
     }
     artifacts.write_json(output / "evaluation.json", content)
-    return {f"{_slug(name)}_{key}": entry[key] for name, entry in measured.items() for key in ("top1", "agreement") if entry[key] is not None}
+    return _metrics(measured)
 
 
 def candidates(inputs: Mapping[str, Path]) -> dict[str, Path]:
@@ -100,5 +100,11 @@ def _budget(folder: Path) -> dict[str, Any]:
     return {"unit": allocation.unit, "asked": allocation.asked, "got": allocation.got, "total": total}
 
 
-def _slug(name: str) -> str:
-    return name.replace(" ", "_")
+def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:
+    """dense_top1, after_closed_form_agreement, ...; what was not measured is left out."""
+    return {
+        f"{name.replace(' ', '_')}_{key}": entry[key]
+        for name, entry in measured.items()
+        for key in ("top1", "agreement")
+        if entry[key] is not None
+    }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tasks.summary import Column, Row, digits, duration, size, span, times
+from tasks.summary import Column, Row, digits, duration, size, times
 
 LONGEST_CURVE = 600  # points; more cannot be told apart at the width of a page
 
@@ -85,9 +85,9 @@ def shares(column: Column, names: Sequence[str]) -> Bars:
     """Top-1 or agreement of every model, on an axis from 0 to 100 %."""
     found = [(name, cell) for name, cell in zip(names, column.cells, strict=True) if cell.value is not None]
     bars = tuple(Bar(name, role(name), _place(cell.value or 0, 1), f"{cell.text} %") for name, cell in found)
-    ticks = tuple(Tick(at, f"{at} %" if at == 100 else str(at)) for at in (0, 25, 50, 75, 100))
+    ticks = tuple(Tick(at, str(at)) for at in (0, 25, 50, 75, 100))
     reference = bars[0].length if bars and bars[0].role == "dense" else None
-    return Bars(column.label, "higher is better", bars, ticks, reference)
+    return Bars(column.label, "%, higher is better", bars, ticks, reference)
 
 
 def sizes(rows: Sequence[Row]) -> Bars:
@@ -98,7 +98,13 @@ def sizes(rows: Sequence[Row]) -> Bars:
     scale, unit = size(max(count for _, _, count in entries))
     top = max(count for _, _, count in entries) / scale
     bars = tuple(
-        Bar(name, kind, _place(count / scale, top), f"{digits(count / scale)} {unit}", note=_against(count, rows[0].bytes))
+        Bar(
+            name,
+            kind,
+            _place(count / scale, top),
+            f"{digits(count / scale)} {unit}",
+            note=_against(count, rows[0].bytes),
+        )
         for name, kind, count in entries
     )
     return Bars("Weights file", f"{unit}, lower is better", bars, _ticks(top), bars[0].length)
@@ -113,7 +119,7 @@ def latencies(rows: Sequence[Row], batch: int) -> Bars:
     for row, spread in timed:
         ratio = row.speedup(rows[0], batch) if row is not rows[0] else None
         whisker = (_place(spread.low / scale, top), _place(spread.high / scale, top))
-        note = f"{times(ratio.median)} speed ({span(ratio, lambda value: f'{value:.2f}')})" if ratio else ""
+        note = f"{times(ratio.median)} speed" if ratio else ""
         text = f"{digits(spread.median / scale)} {unit}"
         bars.append(Bar(row.name, role(row.name), _place(spread.median / scale, top), text, None, whisker, note))
     reference = bars[0].length if timed[0][0] is rows[0] else None
@@ -147,7 +153,9 @@ def alignment(states: Sequence[tuple[str, Mapping[str, float]]]) -> DotPlot:
     bottom = max(-1.0, math.floor(lowest * 10 - 1e-9) / 10)
     step = 0.1 if 1 - bottom <= 0.5 else 0.25 if 1 - bottom <= 1 else 0.5
     marks = [1 - step * index for index in range(math.floor((1 - bottom) / step + 1e-9), -1, -1)]
-    ticks = tuple(Tick(_place(mark - bottom, 1 - bottom), f"{mark:g}" if step == 0.25 else f"{mark:.1f}") for mark in marks)
+    ticks = tuple(
+        Tick(_place(mark - bottom, 1 - bottom), f"{mark:g}" if step == 0.25 else f"{mark:.1f}") for mark in marks
+    )
     rows = tuple(
         Dots(
             block,
@@ -163,11 +171,14 @@ def curve(method: str, losses: Sequence[float]) -> Curve:
     """The loss over the steps, raw and as a centred moving mean; logarithmic when it falls by more than 20 times."""
     logarithmic = min(losses) > 0 and max(losses) / min(losses) > 20
     height: Callable[[float], float] = math.log10 if logarithmic else float
-    bottom, top = (height(min(losses)), height(max(losses))) if logarithmic else (0.0, max(*losses, 1e-12))
-    marks = _decades(bottom, top) if logarithmic else _ticks(top)
+    lowest, top = height(min(losses)), height(max(losses))
+    bottom = lowest if logarithmic else min(lowest, 0.0)
+    marks = _decades(bottom, top) if logarithmic else _ticks(top, bottom)
 
     def path(points: Sequence[tuple[int, float]]) -> str:
-        scaled = ((index / max(len(losses) - 1, 1), (height(v) - bottom) / max(top - bottom, 1e-12)) for index, v in points)
+        scaled = (
+            (index / max(len(losses) - 1, 1), (height(v) - bottom) / max(top - bottom, 1e-12)) for index, v in points
+        )
         return "M" + "L".join(f"{1000 * x:.0f} {1000 * (1 - y):.0f}" for x, y in scaled)
 
     return Curve(
@@ -191,10 +202,11 @@ def _against(count: int, dense: int) -> str:
     return times(count / dense) if dense and count != dense else ""
 
 
-def _ticks(largest: float) -> tuple[Tick, ...]:
+def _ticks(largest: float, bottom: float = 0.0) -> tuple[Tick, ...]:
     """Round marks from 0 up to `largest`, where the axis ends: three to five of them."""
     step = _round_step(largest / 4)
-    return tuple(Tick(_place(step * index, largest), f"{step * index:,.6g}") for index in range(int(largest / step) + 1))
+    values = [step * index for index in range(int(largest / step) + 1)]
+    return tuple(Tick(_place(value - bottom, largest - bottom), f"{value:,.6g}") for value in values)
 
 
 def _round_step(rough: float) -> float:
@@ -222,7 +234,10 @@ def _extremes(losses: Sequence[float]) -> list[tuple[int, float]]:
     bins = LONGEST_CURVE // 2
     for part in range(bins):
         inside = range(part * len(losses) // bins, (part + 1) * len(losses) // bins)
-        points |= {(index, losses[index]) for index in (min(inside, key=losses.__getitem__), max(inside, key=losses.__getitem__))}
+        points |= {
+            (index, losses[index])
+            for index in (min(inside, key=losses.__getitem__), max(inside, key=losses.__getitem__))
+        }
     return sorted(points)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from heal.healers import HEALERS
 from heal.method import HealContext
 from tasks import artifacts, models
 from tasks.images import load_calibration
@@ -27,7 +27,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     pruned = artifacts.load_pruned(inputs["pruning"])
     statistics = artifacts.load_statistics(inputs["activations"])
     reports = []
-    for number, name in enumerate(section.methods):
+    for number, (name, healer) in enumerate(zip(section.methods, params.healers(), strict=True)):
         context = HealContext(
             statistics,
             pruned,
@@ -37,11 +37,10 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
             report=progress.report,
             log=progress.log,
         )
-        options = section.options(name)
-        reports.append(HEALERS[name](**options).heal(student, teacher, images, context))
+        reports.append(healer.heal(student, teacher, images, context))
         is_last = number == len(section.methods) - 1
         folder = output if is_last else output / "after" / name
-        methods = {"healers": list(section.methods[: number + 1]), "params": options}
+        methods = {"healers": list(section.methods[: number + 1]), "params": section.options(name)}
         models.save_child(student, folder, inputs["dense"], pruned, methods, calibration)
     artifacts.write_json(output / "healing.json", [_timeless(asdict(report)) for report in reports])
     return {f"{report.method}_seconds": report.seconds for report in reports} | {
@@ -50,10 +49,10 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     }
 
 
-def _timeless(report):  # type: ignore[no-untyped-def]
+def _timeless(report: dict[str, Any]) -> dict[str, Any]:
     """Without the seconds: an artifact's digest must not depend on how fast the machine was."""
     return {key: value for key, value in report.items() if key != "seconds"}
 
 
-def _mean(alignment):  # type: ignore[no-untyped-def]
+def _mean(alignment: Mapping[str, float]) -> float:
     return sum(alignment.values()) / len(alignment) if alignment else 0.0

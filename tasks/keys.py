@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 from heal.errors import InputError
 from tasks import code
-from tasks.table import Stage
+from tasks.table import MOVING, Stage
 
 Json = Any
 Ingredients = dict[str, Json]
-"""stage, params {dotted: value}, inputs {stage: digest}, resolved {dotted: digest}, code {module: hash}, packages."""
+"""stage, params {dotted: value}, inputs {stage: digest}, resolved {dotted: digest}, code {path: hash}, packages
+{name: version}; and names {dotted: name}, what the resolved ones were called, which is no part of the key."""
 
 Resolved = Mapping[str, str]
 """Dotted params key of a moving name (an alias, a branch, a path) -> digest of what it points to now.
@@ -47,22 +48,27 @@ def stage_key(
         "stage": stage.name,
         **settings(stage, params, resolved),
         "inputs": {name: inputs[name] for name in stage.upstream},
-        "code": code.hashes(stage.module, params.method_modules(stage.params)),
+        "code": code.hashes(stage.module, params.method_modules(stage.params), stage.files),
         "packages": packages(),
     }
     return key_of(ingredients), ingredients
 
 
 def settings(stage: Stage, params: StageParams, resolved: Resolved | None = None) -> Ingredients:
-    """The params that the stage declares, flat, and what the moving names among them point to."""
+    """The params that the stage declares, flat; the moving names among them apart, with what they point to."""
     pointed = {name: digest for name, digest in (resolved or {}).items() if _concerns(name, stage.params)}
     flat = flatten(params.slice(stage.params))
-    return {"params": {name: value for name, value in flat.items() if name not in pointed}, "resolved": pointed}
+    return {
+        "params": {name: value for name, value in flat.items() if name not in pointed},
+        "resolved": pointed,
+        "names": {name: value for name, value in flat.items() if name in pointed},
+    }
 
 
 def key_of(ingredients: Ingredients) -> str:
-    """SHA-256 of the ingredients, the code as one digest."""
-    return sha256(canonical({**ingredients, "code": sha256(canonical(ingredients["code"]))}))
+    """SHA-256 of the ingredients, the code as one digest; what moving names are called does not count."""
+    counted = {name: value for name, value in ingredients.items() if name != "names"}
+    return sha256(canonical({**counted, "code": sha256(canonical(ingredients["code"]))}))
 
 
 def code_digest(module: str, methods: Iterable[str] = ()) -> str:
@@ -94,6 +100,11 @@ def canonical(value: Json) -> str:
 def sha256(text: str) -> str:
     """SHA-256 of a text, as hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_moving(stage: Stage) -> bool:
+    """Whether the stage reads params that name something which may change meanwhile."""
+    return any(_concerns(name, stage.params) for name in MOVING)
 
 
 def _concerns(name: str, keys: tuple[str, ...]) -> bool:

@@ -42,9 +42,7 @@ def path() -> Path:
     return state.home() / "ledger.jsonl"
 
 
-def record(
-    name: str, alias: str, before: str | None, after: str | None, reason: str, gate: str | None = None
-) -> Move:
+def record(name: str, alias: str, before: str | None, after: str | None, reason: str, gate: str | None = None) -> Move:
     """Append a move made now by this user, and bring it to the disk."""
     when = datetime.now(UTC).isoformat(timespec="milliseconds")
     move = Move(_user(), when, name, alias, before, after, gate, reason)

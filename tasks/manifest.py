@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from tasks.keys import canonical, sha256
 
 FORMAT = 1
 NAME = "manifest.json"
+HEX = re.compile("[0-9a-f]{64}")
 
 
 class DamagedError(ValueError):
@@ -69,8 +71,8 @@ class Manifest:
     files: dict[str, File] = field(default_factory=dict)
 
     @property
-    def bytes(self) -> int:
-        """The size of all files."""
+    def size(self) -> int:
+        """The bytes of all files."""
         return sum(file.size for file in self.files.values())
 
     def dump(self) -> bytes:
@@ -142,6 +144,11 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 def _record(content: dict[str, Any]) -> Record:
     try:
-        return Record(**{**content, "fallbacks": tuple(content["fallbacks"])})
+        record = Record(**{**content, "fallbacks": tuple(content["fallbacks"])})
     except (KeyError, TypeError) as error:
         raise DamagedError(f"its fields are not those of a record ({error})") from error
+    # They become paths.
+    for digest in (record.key, record.digest):
+        if not isinstance(digest, str) or not HEX.fullmatch(digest):
+            raise DamagedError(f"{digest!r} is no SHA-256")
+    return record

@@ -120,22 +120,17 @@ class Params:
         """The values under the dotted keys, defaults filled in: what a stage's key is made of.
 
         Of the methods' params only those of the methods named count. A method's name alone
-        (`healing.methods`) brings the `needs` of those methods along, not their params.
+        (`healing.methods`) stands for the statistics that those methods need, as `needs`.
         """
         found: dict[str, Json] = {}
         for key in keys:
             section, _, leaf = key.partition(".")
-            values = self._plain(section)
-            for permission in PERMISSIONS:
-                values.pop(permission.removeprefix(f"{section}."), None)
-            if not leaf:
-                found[section] = values
+            if leaf and leaf == methods.METHOD_KEYS.get(section):
+                found["needs"] = list(methods.needs(self.sections))
+            elif leaf:
+                found[section] = {**_mapping(found.get(section)), leaf: self._plain(section)[leaf]}
             else:
-                part = found.setdefault(section, {})
-                assert isinstance(part, dict)
-                part[leaf] = values[leaf]
-        if any(f"{section}.{leaf}" in keys for section, leaf in methods.METHOD_KEYS.items()):
-            found["needs"] = list(methods.needs(self.sections))
+                found[section] = self._plain(section, PERMISSIONS)
         return found
 
     def restrict(self, keys: Sequence[str]) -> Params:
@@ -170,13 +165,11 @@ class Params:
         if self.allowed is not None and not {key, key.partition(".")[0]} & set(self.allowed):
             raise UndeclaredReadError(f"{key} is read but not declared in the stage's row of table.py")
 
-    def _plain(self, section: str) -> dict[str, Json]:
+    def _plain(self, section: str, without: Sequence[str] = ()) -> dict[str, Json]:
         values: dict[str, Json] = getattr(self.sections, section).model_dump(mode="json")
-        if section in methods.METHOD_KEYS:
-            used = {name for of, name in methods.named(self.sections) if of == section}
-            others = set(methods.known(section)) - used
-            values = {key: value for key, value in values.items() if key not in others}
-        return values
+        used = {name for of, name in methods.named(self.sections) if of == section}
+        others = set(methods.known(section)) - used if section in methods.METHOD_KEYS else set()
+        return {key: value for key, value in values.items() if key not in others and f"{section}.{key}" not in without}
 
 
 class _Partial:
@@ -199,3 +192,7 @@ def _leaves(values: Mapping[str, Json]) -> Iterator[tuple[str, Scalar]]:
             yield key, ", ".join(str(item) for item in value)
         else:
             yield key, value
+
+
+def _mapping(value: Json) -> dict[str, Json]:
+    return value if isinstance(value, dict) else {}

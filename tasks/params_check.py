@@ -29,7 +29,8 @@ def checked(written: Written) -> schema.Sections:
 
 def _section(name: str, written: Written, problems: list[str]) -> Any:
     """One section, or None after adding what is wrong with it."""
-    values, kind = written.values.get(name), schema.Sections.model_fields[name].annotation
+    values = written.values.get(name)
+    kind: Any = schema.Sections.model_fields[name].annotation
     if isinstance(values, dict) and name in methods.METHOD_KEYS:
         problems += _options(name, values, written)
     try:

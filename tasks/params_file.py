@@ -108,16 +108,14 @@ def _set(written: Written, text: str) -> list[str]:
 
 
 def _compose(text: str, place: str) -> yaml.Node | None:
-    loader = _CoreLoader(text)
     try:
-        return loader.get_single_node()
+        return _CoreLoader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark and not place.startswith("-S") else ""
         raise ParamsError([f"{place}{line}: is not YAML: {error.problem}"]) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ParamsError([f"{place}: is not YAML that can be read: {error}"]) from error
-    finally:
-        loader.dispose()
+        first = str(error).partition("\n")[0]
+        raise ParamsError([f"{place}: is not YAML that can be read: {first}"]) from error
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -137,7 +135,10 @@ _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (r"[-+]?[0-9]{1,18}", list("-+0123456789")),
-    "float": (r"[-+]?(\.[0-9]{1,40}|[0-9]{1,40}(\.[0-9]{0,40})?)([eE][-+]?[0-9]{1,4})?", list("-+.0123456789")),
+    "float": (
+        r"[-+]?(?:(?:\.[0-9]{1,40}|[0-9]{1,40}\.[0-9]{0,40})(?:[eE][-+]?[0-9]{1,4})?|[0-9]{1,18}[eE][-+]?[0-9]{1,4})",
+        list("-+.0123456789"),
+    ),
 }
 for _name, (_pattern, _first) in _SCALARS.items():
     _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)

@@ -29,7 +29,7 @@ class Progress:
 
     checkpoints: a folder that survives a killed process and is empty on a first attempt.
     fallbacks: what the stage did instead of what was asked; the runner writes it in the manifest.
-    saved: called after checkpoints may have changed (a remote store takes them along).
+    saved: called after every saved checkpoint (a remote store takes them along).
     """
 
     def __init__(
@@ -52,7 +52,6 @@ class Progress:
     def report(self, description: str, done: int, total: int) -> None:
         """`done` of `total` steps are over; the signature that methods of heal call."""
         self.display.show(description, done, total)
-        self.checkpoint_saved()
 
     @contextmanager
     def track(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -68,7 +67,7 @@ class Progress:
         yield advance
 
     def checkpoint_saved(self) -> None:
-        """Checkpoints may have changed. `report` says so by itself, so few stages need to call it."""
+        """Say that a checkpoint is complete, so that another machine can go on from it."""
         if self.saved is not None:
             self.saved()
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heal.pruned import apply, describe_cuts
-from heal.pruners import PRUNERS
 from heal.values import Mask
 from tasks import artifacts, models
 
@@ -21,18 +20,11 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     options = section.options(section.method)
     model = models.load(inputs["dense"], params.dense.adapter_allow)
     allocation = artifacts.load_allocation(inputs["allocation"])
-    pruned = PRUNERS[section.method](**options).prune(
-        model, allocation, artifacts.load_statistics(inputs["activations"])
-    )
+    pruned = params.pruner().prune(model, allocation, artifacts.load_statistics(inputs["activations"]))
     lines = describe_cuts(model, pruned)
     apply(model, pruned)
     artifacts.save_pruned(pruned, lines, output)
     models.save_child(model, output, inputs["dense"], pruned, {"pruner": section.method, "params": options})
     for line in lines:
         progress.log(line)
-    removed = pruned.zeros if isinstance(pruned, Mask) else _removed(pruned.total, pruned.keep)
-    return {"removed": float(removed)}
-
-
-def _removed(total, keep):  # type: ignore[no-untyped-def]
-    return sum(total.values()) - sum(len(indices) for indices in keep.values())
+    return {"removed": float(pruned.zeros if isinstance(pruned, Mask) else pruned.removed)}

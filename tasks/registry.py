@@ -1,11 +1,10 @@
-"""The registry: all that speaks MLflow. Versions and aliases first, then the records of runs.
+"""The registry of models: versions, aliases, and the bundles behind them. The only file that imports MLflow.
 
 MLflow takes seconds to import: whoever needs this module imports it where it is needed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,28 +12,372 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks import ledger, liveness, state, tracking
-from tasks.tracking import RegistryError as RegistryError
-from tasks.tracking import tracking_uri as tracking_uri
+from tasks import ledger, liveness, mlflow_store, state
+from tasks.mlflow_store import RegistryError as RegistryError
+from tasks.mlflow_store import tracking_uri as tracking_uri
 
-tracking.silence()  # before the import: MLflow reads the environment once
+mlflow_store.silence()  # before the import: MLflow reads the environment once
 
-import mlflow  # noqa: E402
+import mlflow.pyfunc  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
 from mlflow.entities.model_registry import ModelVersion  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.types import Schema, TensorSpec  # noqa: E402
+
+DIGEST, KEY, COMPLETE, ARTIFACTS = "regrow.digest", "regrow.key", "regrow.complete", "regrow.artifacts"
+ARTIFACTS = "regrow.artifacts"
+DENSE, CHAMPION, CHALLENGER, PREVIOUS = "dense", "champion", "challenger", "previous"
+
+SERVED = Path(__file__).with_name("served_model.py")
+METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
+
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A complete registered version: `uri` names it for good, `digest` is its bundle's."""
+
+    name: str
+    version: str
+    uri: str
+    digest: str
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+
+def resolve(uri: str) -> str:
+    """The bundle digest behind models:/NAME@ALIAS or models:/NAME/VERSION, now. Raises RegistryError."""
+    return version_of(uri).digest
+
+
+def version_of(uri: str) -> Version:
+    """The version behind models:/NAME@ALIAS or models:/NAME/VERSION, now.
+
+    Raises RegistryError, with the names that exist, when there is no such registry, model, alias or
+    version, or when the version was never finished.
+    """
+    parts = _URI.fullmatch(uri)
+    if parts is None:
+        raise RegistryError(f"{uri!r} names no version; write models:/NAME@ALIAS or models:/NAME/VERSION")
+    name = parts["name"]
+    held = aliases(name)
+    if parts["alias"] and parts["alias"] not in held:
+        _missing("alias", parts["alias"], held, f"model {name}")
+    number = parts["version"] or held[parts["alias"]]
+    try:
+        found = client().get_model_version(name, number)
+    except MlflowException as error:
+        _unless_missing(error)
+        _missing("version", number, [str(known.version) for known in _all_versions(name)], f"model {name}")
+    if found.tags.get(COMPLETE) != "true" or DIGEST not in found.tags:
+        raise RegistryError(f"{uri} (version {number}) is no finished regrow version; register its bundle again")
+    return _version(found)
+
+
+def aliases(name: str) -> dict[str, str]:
+    """Alias -> version number of a registered model. Raises RegistryError when there is no such model."""
+    mlflow_store.require(tracking_uri())
+    try:
+        held = client().get_registered_model(name).aliases
+    except MlflowException as error:
+        _unless_missing(error)
+        _missing("model", name, [model.name for model in client().search_registered_models(max_results=1000)], "it")
+    # A database gives numbers, a server strings.
+    return {alias: str(number) for alias, number in held.items()}
+
+
+def set_alias(name: str, alias: str, version: str | None) -> None:
+    """Point an alias at a version; None takes it away."""
+    if version is None:
+        client().delete_registered_model_alias(name, alias)
+    else:
+        client().set_registered_model_alias(name, alias, version)
+
+
+def set_tag(name: str, version: str, key: str, value: str) -> None:
+    """Tag a version; a value has at most 8000 characters."""
+    client().set_model_version_tag(name, version, key, value)
+
+
+def fetch_bundle(uri: str) -> Path:
+    """A local folder with the bundle behind `uri`, its digest verified. Raises RegistryError."""
+    version = version_of(uri)
+    folder = state.home() / "bundles" / version.digest
+    if not _holds(folder, version.digest):
+        shutil.rmtree(folder, ignore_errors=True)
+        _download(version, folder)
+        if not _holds(folder, version.digest):
+            raise RegistryError(
+                f"the files of {version.uri} are damaged: they are not {version.digest}; register again"
+            )
+    return folder
+
+
+def answer(uri: str, images: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Load `uri` as a server would and predict: logits of `images` (None: of the version's input example)."""
+    with tempfile.TemporaryDirectory() as folder, _own_modules():
+        model = mlflow.pyfunc.load_model(uri, dst_path=folder)
+        logits: NDArray[np.float32] = model.predict(model.input_example if images is None else images)
+        return logits
+
+
+def register(
+    bundle: Path,
+    name: str,
+    run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    input_example: NDArray[np.float32] | None = None,
+    allow_adapters: Collection[str] = (),
+) -> Version:
+    """Register a bundle under a name, once: a complete version of the same bundle and key is given back.
+
+    The version is logged inside the run `run_id` (None: the one of MLFLOW_RUN_ID, else a new one).
+    `tags` are the version's; `input_example` [n, 3, h, w] defaults to noise of the bundle's input size.
+    Its last tag is `regrow.complete`: a version without it does not exist for regrow.
+    """
+    from heal import bundle as bundles  # brings torch; reading the registry needs none
+
+    wanted = {**(tags or {}), DIGEST: bundles.digest(bundle)}
+    client()  # makes the registry if there is none
+    with lock(name):
+        found = next((v for v in complete_versions(name) if _same(v, wanted)), None)
+        return found or _create(bundle, name, run_id, wanted, input_example, allow_adapters)
+
+
+def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()) -> Version:
+    """Register what to compress: the version takes the alias `dense`, and `champion` if nobody has it."""
+    version = register(bundle, name, tags={"regrow.role": "dense"}, allow_adapters=allow_adapters)
+    with lock(name):
+        held = aliases(name)
+        for alias in (DENSE, CHAMPION) if CHAMPION not in held else (DENSE,):
+            if held.get(alias) != version.version:
+                set_alias(name, alias, version.version)
+                ledger.record(name, alias, held.get(alias), version.version, "dense model registered")
+    return version
+
+
+def complete_versions(name: str) -> list[Version]:
+    """Every finished version of a model, oldest first; empty when there is no such model."""
+    found = [_version(v) for v in _all_versions(name) if v.tags.get(COMPLETE) == "true" and DIGEST in v.tags]
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def referenced_digests() -> set[str]:
+    """The artifacts of the store that registered versions came from; none where there is no registry."""
+    if not mlflow_store.exists(tracking_uri()):
+        return set()
+    names = [model.name for model in client().search_registered_models(max_results=1000)]
+    noted = (version.tags.get(ARTIFACTS, "{}") for name in names for version in complete_versions(name))
+    return {digest for tag in noted for digest in json.loads(tag).values()}
+
+
+def referenced_artifacts() -> set[str]:
+    """The store's artifacts that a finished version of any model was made from."""
+    if not mlflow_store.exists(tracking_uri()):
+        return set()
+    models = client().search_registered_models(max_results=1000)
+    tags = (version.tags.get(ARTIFACTS, "{}") for model in models for version in complete_versions(model.name))
+    return {digest for text in tags for digest in json.loads(text).values()}
+
+
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Hold what is written about a model; it keeps out writers that use this state folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RegistryError(f"{name!r} is no name for a model; use letters, digits, dots, dashes and underscores")
+    with mlflow_store.locked(state.home() / "locks" / f"{name}.lock"):
+        yield
+
+
+def client() -> MlflowClient:
+    """MLflow's client for the tracking address, its store made ready."""
+    uri = tracking_uri()
+    if mlflow.get_tracking_uri() != uri:
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(uri)
+        # It also writes the variable, which would then outlive a change of REGROW_HOME.
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+    experiment()
+    return MlflowClient(uri)
+
+
+def experiment() -> str:
+    """The id of the experiment that holds the runs: MLFLOW_EXPERIMENT_NAME, or `regrow`."""
+    return _experiment(tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_NAME") or "regrow")
+
+
+def write(
+    run_id: str,
+    metrics: Sequence[tuple[str, float, int]] = (),
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write metrics (name, value, step), params and tags of a run in as few requests as MLflow takes."""
+    now = int(time.time() * 1000)
+    rows = [Metric(name, value, now, step) for name, value, step in metrics]
+    for start in range(0, len(rows), METRICS_PER_REQUEST):
+        client().log_batch(run_id, metrics=rows[start : start + METRICS_PER_REQUEST])
+    pairs = [Param(name, value) for name, value in (params or {}).items()]
+    for start in range(0, len(pairs), PARAMS_PER_REQUEST):
+        client().log_batch(run_id, params=pairs[start : start + PARAMS_PER_REQUEST])
+    if tags:
+        client().log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def write_dataset(run_id: str, name: str, digest: str, context: str) -> None:
+    """Say that a run read a data set; MLflow keeps 36 characters of the digest, the source holds all."""
+    dataset = Dataset(name, digest[:36], "regrow", f'{{"digest": "{digest}"}}')
+    client().log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+@cache
+def _experiment(uri: str, name: str) -> str:
+    """Found or made by one process at a time, as the first to open a store also writes its first rows."""
+    mlflow_store.ready(uri)
+    opened = MlflowClient(uri)
+    with mlflow_store.locked(state.home() / "locks" / "experiments.lock"):
+        found = opened.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        try:
+            return str(opened.create_experiment(name, mlflow_store.artifact_location(uri)))
+        except MlflowException as error:  # another host was faster
+            found = opened.get_experiment_by_name(name)
+            if found is None:
+                raise RegistryError(f"the experiment {name!r} cannot be made: {error.message}") from error
+            return str(found.experiment_id)
+
+
+def _create(
+    bundle: Path,
+    name: str,
+    run_id: str | None,
+    tags: Mapping[str, str],
+    example: NDArray[np.float32] | None,
+    allow_adapters: Collection[str],
+) -> Version:
+    from tasks import serving
+
+    run = run_id or os.environ.get("MLFLOW_RUN_ID")
+    own = run is None
+    run = run or str(
+        client().create_run(experiment(), tags=liveness.identity(), run_name=f"register {name}").info.run_id
+    )
+    model_id = _log(bundle, run, serving.example(bundle) if example is None else example, allow_adapters)
+    try:
+        client().create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise RegistryError(f"the model {name!r} cannot be made: {error.message}") from error
+    made = client().create_model_version(name, f"models:/{model_id}", run, tags=dict(tags), model_id=model_id)
+    if own:
+        client().set_terminated(run)
+    set_tag(name, str(made.version), COMPLETE, "true")
+    return version_of(f"models:/{name}/{made.version}")
+
+
+def _log(bundle: Path, run_id: str, example: NDArray[np.float32], allow_adapters: Collection[str]) -> str:
+    """Log the served model in the run; its id. The code of heal travels along: it is on no package index."""
+    import heal
+    from tasks import serving
+
+    takes, gives = (
+        Schema([TensorSpec(np.dtype("float32"), shape)]) for shape in serving.shapes(bundle, example, allow_adapters)
+    )
+    # Made here, as MLflow would put it into an experiment of its own, with files in the working directory.
+    model = client().create_logged_model(experiment(), name="model", source_run_id=run_id)
+    with _own_modules():
+        Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            model_id=model.model_id,
+            run_id=run_id,
+            python_model=str(SERVED),
+            artifacts={"bundle": str(bundle)},
+            code_paths=[str(Path(heal.__file__).parent)],
+            model_config={"allow_adapters": sorted(allow_adapters)} if allow_adapters else None,
+            pip_requirements=serving.requirements(),
+            signature=ModelSignature(inputs=takes, outputs=gives),
+            input_example=example,
+        )
+    return str(model.model_id)
+
+
+@contextmanager
+def _own_modules() -> Iterator[None]:
+    """MLflow puts a model's copy of heal first on the path; this process must go on with its own."""
+    import heal.evaluation  # noqa: F401  the model's file asks for it, and must find this one
+
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _download(version: Version, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as beside:
+        fetched = mlflow.artifacts.download_artifacts(f"{version.uri}/artifacts", dst_path=beside)
+        (bundle,) = Path(fetched).iterdir()
+        try:
+            os.replace(bundle, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    from heal import bundle as bundles
+    from heal.errors import BundleError
+
+    try:
+        return folder.exists() and bundles.digest(folder) == digest
+    except BundleError:
+        return False
+
+
+def _all_versions(name: str) -> list[ModelVersion]:
+    mlflow_store.require(tracking_uri())
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client().search_model_versions(f"name='{name}'", max_results=1000, page_token=token)
+        found.extend(page)
+        if not (token := page.token):
+            return found
+
+
+def _version(found: ModelVersion) -> Version:
+    number = str(found.version)
+    return Version(found.name, number, f"models:/{found.name}/{number}", found.tags[DIGEST], dict(found.tags))
+
+
+def _same(version: Version, tags: Mapping[str, str]) -> bool:
+    return version.digest == tags[DIGEST] and version.tags.get(KEY) == tags.get(KEY)
+
+
+def _unless_missing(error: MlflowException) -> None:
+    if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        raise error
+
+
+def _missing(kind: str, wanted: str, known: Collection[str], owner: str) -> NoReturn:
+    near = get_close_matches(wanted, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "register one first" if not known else "name one of these"
+    listed = ", ".join(sorted(known)) or "none"
+    raise RegistryError(f"the registry {tracking_uri()} has no {kind} {wanted!r} ({owner} has: {listed}); {hint}")

@@ -70,12 +70,17 @@ class Column:
     cells: tuple[Cell, ...]
 
 
-def rows(evaluation: Mapping[str, Any]) -> list[Row]:
-    """The models of an evaluation.json in the order of their making. Raises ValueError without a dense model."""
+def rows(evaluation: Mapping[str, Any], healers: Sequence[str] = ()) -> list[Row]:
+    """The models of an evaluation.json in the order of their making; `healers` in theirs, where JSON has lost it.
+
+    Raises ValueError without a dense model.
+    """
     models = evaluation["models"]
     if "dense" not in models:
         raise ValueError(f"evaluation.json has no dense model to compare with, only {sorted(models)}")
-    return [_row(name, models[name]) for name in sorted(models, key=_order)]
+    made = ["dense", "pruned", *(f"after {healer}" for healer in healers)]
+    between = [name for name in models if name not in made and name != "healed"]
+    return [_row(name, models[name]) for name in (*made, *between, "healed") if name in models]
 
 
 def columns(rows: Sequence[Row], images: int) -> list[Column]:
@@ -98,18 +103,18 @@ def batches(rows: Sequence[Row]) -> list[int]:
     return sorted({batch for row in rows for batch in row.latency})
 
 
-def table(evaluation: Mapping[str, Any]) -> Table:
-    """The results as a table for the terminal: a line for a model, arrows for the better direction."""
-    from rich.table import Table  # only the command line needs it
+def table(evaluation: Mapping[str, Any], healers: Sequence[str] = ()) -> Table:
+    """The results as a table for the terminal: a line for a measure, an arrow for its better direction."""
+    from rich.table import Table  # only the command line needs rich
+    from rich.text import Text
 
-    found = rows(evaluation)
-    made = columns(found, evaluation["images"])
+    found = rows(evaluation, healers)
     shown = Table(box=None, pad_edge=False, header_style="bold", caption=_caption(evaluation), caption_justify="left")
     shown.add_column("", no_wrap=True)
-    for column in made:
-        shown.add_column(_heading(column), justify="right", no_wrap=True)
-    for index, row in enumerate(found):
-        shown.add_row(row.name, *(_terminal(column.cells[index]) for column in made))
+    for row in found:
+        shown.add_column(Text(row.name), justify="right", style="bold" if row is found[-1] else "")
+    for column in columns(found, evaluation["images"]):
+        shown.add_row(_heading(column), *(_terminal(cell) for cell in column.cells))
     return shown
 
 
@@ -170,11 +175,6 @@ def points(difference: float, images: int) -> str:
     return f"{sign}{percent(abs(difference), images)} points"
 
 
-def _order(name: str) -> tuple[int, str]:
-    """Dense, pruned, after each healer in the order given, healed; sorted() is stable, so only the group counts."""
-    return ({"dense": 0, "pruned": 1, "healed": 3}.get(name, 2), "")
-
-
 def _row(name: str, entry: Mapping[str, Any]) -> Row:
     timings = entry.get("latency") or {}
     spreads = {int(batch): Spread(t["median"], t["low"], t["high"]) for batch, t in timings.items()}
@@ -220,14 +220,14 @@ def _timings(rows: Sequence[Row], batch: int) -> Column:
 
 
 def _heading(column: Column) -> str:
+    label = column.label.removesuffix(" with dense")
     arrow = {"higher": " ↑", "lower": " ↓", "": ""}[column.better]
-    label = column.label.removesuffix(" with dense").removesuffix(" parameters").lower().replace("macs", "MACs")
-    return "\n".join(part for part in (label.replace("latency, ", ""), f"{column.unit}{arrow}".strip()) if part)
+    return f"{label}{', ' if column.unit else ''}{column.unit}{arrow}"
 
 
 def _terminal(cell: Cell) -> str:
     ratio = cell.note.split(" ")[0] if "\N{MULTIPLICATION SIGN}" in cell.note else ""
-    return f"{cell.text} {ratio}".strip()
+    return f"{cell.text} {ratio:>6}" if ratio else cell.text
 
 
 def _caption(evaluation: Mapping[str, Any]) -> str:

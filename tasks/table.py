@@ -19,8 +19,10 @@ class Stage:
     """One step of the pipeline.
 
     module holds `run`. upstream: the stages whose artifacts it reads. params: the dotted keys it
-    may read. pool: where it wants to run. outside: its effect lies outside the store (in the
-    registry), so a hit counts only while `still_valid(output)` of its module says so.
+    may read. pool: where it wants to run. files: what it computes with besides code that it
+    imports, as paths beside its module (a folder stands for all in it). outside: its effect lies
+    outside the store (in the registry), so a hit counts only while `still_valid(output)` of its
+    module says so.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Stage:
     upstream: tuple[str, ...]
     params: tuple[str, ...]
     pool: Literal["cpu", "gpu"] = "cpu"
+    files: tuple[str, ...] = ()
     outside: bool = False
 
     def function(self) -> StageFunction:
@@ -40,6 +43,9 @@ class Stage:
 
 
 Stages = Mapping[str, Stage]
+
+MOVING = ("dense.source", "calibration.source", "evaluation.source", "evaluation.labels")
+"""Params that name something which may change while the name stays; tasks/resolve.py looks it up."""
 
 # The order is the order of a run: every stage comes after all of its upstream stages.
 STAGES: dict[str, Stage] = {
@@ -59,18 +65,26 @@ STAGES: dict[str, Stage] = {
         Stage("allocation", "tasks.allocation", ("dense", "activations"), ("allocation",)),
         Stage("pruning", "tasks.pruning", ("dense", "activations", "allocation"), ("pruning",)),
         Stage("healing", "tasks.healing", ("dense", "calibration", "activations", "pruning"), ("healing",), "gpu"),
-        Stage("evaluation", "tasks.evaluation", ("dense", "calibration", "pruning", "healing"), ("evaluation",), "gpu"),
+        Stage(
+            "evaluation",
+            "tasks.evaluation",
+            ("dense", "calibration", "allocation", "pruning", "healing"),
+            ("evaluation",),
+            "gpu",
+        ),
         Stage(
             "report",
             "tasks.report",
             ("dense", "calibration", "allocation", "pruning", "healing", "evaluation"),
             ("report",),
+            files=("templates",),
         ),
         Stage(
             "registration",
             "tasks.registration",
             ("dense", "calibration", "allocation", "pruning", "healing", "evaluation", "report"),
             ("registration",),
+            files=("served_model.py",),
             outside=True,
         ),
     )

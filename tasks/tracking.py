@@ -1,149 +1,153 @@
-"""Where the registry is, made ready before MLflow opens it: address, lock, first migration. Imports no MLflow."""
+"""The record of a flow run in MLflow: params, stages, curves, files, and the end of runs whose process died.
+
+Like the registry, imported only where it is needed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shutil
-import subprocess
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock, Timeout
+from tasks import liveness, mlflow_store, registry, state
 
-from heal.errors import HealError, InputError
-from tasks import state
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",  # `true`, not 1: MLflow takes no other value
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_UV_AUTO_DETECT": "false",  # it would copy a lock file of the working directory into a model
-    "GIT_PYTHON_REFRESH": "quiet",
-}
+FLOW_RUN = "regrow.flow_run"
+STAGE = "regrow.stage"
+LONGEST_PARAM = 6000  # characters; MLflow cuts the rest off
+
+Ending = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-class RegistryError(InputError):
-    """The registry, or what was asked of it, is not there."""
+@dataclass(frozen=True)
+class DeadRun:
+    """A run that MLflow shows as running although its process is gone."""
+
+    run_id: str
+    identity: str
+    pid: int
 
 
-class UnreachableError(RegistryError, ConnectionError):
-    """The tracking server does not answer; a retry may help."""
+def current_run() -> str | None:
+    """The run that this process should write into: MLFLOW_RUN_ID."""
+    return os.environ.get("MLFLOW_RUN_ID") or None
 
 
-def silence() -> None:
-    """No phone-home and no chatter from MLflow; what the user has set stays. Call it before importing MLflow."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+def open_run(identity: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None) -> str:
+    """The id of the run of this flow run: found again if it was opened before, so never doubled.
 
-
-def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or the SQLite file of the state folder by its absolute path."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state.mlflow_db()}"
-
-
-def artifact_location(uri: str) -> str | None:
-    """Where a new experiment keeps its files: beside the database; None leaves it to the server."""
-    if uri.startswith(("http://", "https://")):
-        return None
-    database = _database(uri)
-    folder = state.mlflow_artifacts() if database is None else database.with_name("mlartifacts")
-    return folder.as_uri()
-
-
-def require(uri: str) -> None:
-    """Raises RegistryError when there is no registry to read from (reading must not make one)."""
-    database = _database(uri)
-    if database is not None and not database.exists():
-        raise RegistryError(
-            f"there is no registry at {database}; register a model first (regrow run with registration.name), "
-            "or set MLFLOW_TRACKING_URI or REGROW_HOME to the one you mean"
-        )
-
-
-def ready(uri: str) -> None:
-    """Make sure that MLflow can open `uri`: a server must answer, a SQLite file must have this version's tables.
-
-    A new file is migrated beside and renamed, by one process at a time: two that migrate one file
-    together leave it broken for good. An older file is copied before it is migrated.
+    `params` are flat (see log_params). The run names this process, so that `close_dead_runs` can tell when it died.
     """
-    if uri.startswith(("http://", "https://")):
-        _reach(uri)
-    database = _database(uri)
-    if database is None or _migrated(database):
-        return
-    with locked(database.with_name(f"{database.name}.lock")):
-        if not _migrated(database):
-            _migrate(database)
+    if "'" in identity or not identity:
+        raise ValueError(f"identity {identity!r} of a run must be non-empty and without quotes")
+    client, wanted = registry.client(), {**(tags or {}), **liveness.identity()}
+    with mlflow_store.locked(state.home() / "locks" / "runs.lock"):
+        found = client.search_runs([registry.experiment()], f"tags.`{FLOW_RUN}` = '{identity}'", max_results=1)
+        if found:
+            run_id = str(found[0].info.run_id)
+            client.update_run(run_id, "RUNNING")
+            registry.write(run_id, tags=wanted)
+        else:
+            made = client.create_run(registry.experiment(), tags={FLOW_RUN: identity, **wanted}, run_name=identity)
+            run_id = str(made.info.run_id)
+    log_params(run_id, params or {})
+    return run_id
+
+
+def close_run(run_id: str, status: Ending = "FINISHED") -> None:
+    """End a run."""
+    registry.client().set_terminated(run_id, status)
 
 
 @contextmanager
-def locked(path: Path, seconds: float = 600) -> Iterator[None]:
-    """Hold the lock file at `path`; the system frees it when its holder dies. Raises HealError after `seconds`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+def joined_run(identity: str, tags: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The current run, left open; without one, the run of `identity`, which is ended."""
+    run_id = current_run()
+    if run_id is not None:
+        yield run_id
+        return
+    run_id = open_run(identity, tags=tags)
+    ending: Ending = "FAILED"
     try:
-        lock.acquire(timeout=seconds)
-    except Timeout as error:
-        raise HealError(f"another process has held {path} for {seconds:g} s; wait for it or end it") from error
-    try:
-        yield
+        yield run_id
+        ending = "FINISHED"
     finally:
-        lock.release()
+        close_run(run_id, ending)
 
 
-def _database(uri: str) -> Path | None:
-    """The file of a SQLite address."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+def log_params(run_id: str, params: Mapping[str, Any]) -> None:
+    """Write params, flat; the first value of a param stays. One that MLflow would cut goes into a file."""
+    known = registry.client().get_run(run_id).data.params
+    short: dict[str, str] = {}
+    for name, value in params.items():
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+        if name in known:
+            continue
+        if len(text) > LONGEST_PARAM:
+            registry.client().log_text(run_id, text, f"params/{name}.txt")
+            text = f"sha256:{hashlib.sha256(text.encode()).hexdigest()} (params/{name}.txt)"
+        short[name] = text
+    registry.write(run_id, params=short)
 
 
-def _reach(uri: str) -> None:
-    """MLflow itself would retry a mistyped address for minutes."""
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # somebody answers: a gateway in front of the server may know no such page
-    except OSError as error:
-        raise UnreachableError(
-            f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); start it or correct the address"
-        ) from error
+def log_stage(run_id: str, stage: str, cached: bool, metrics: Mapping[str, float]) -> None:
+    """Say how a stage ended: the tag regrow.stage.STAGE, and its metrics as STAGE/METRIC."""
+    log_metrics(run_id, {f"{stage}/{name}": value for name, value in metrics.items()})
+    registry.write(run_id, tags={f"{STAGE}.{stage}": "cached" if cached else "computed"})
 
 
-def _mark(database: Path) -> Path:
-    return database.with_name(f"{database.name}.migrated")
+def log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
+    """Write single numbers; one that the run already has is not written again."""
+    known = registry.client().get_run(run_id).data.metrics
+    registry.write(run_id, [(name, float(v), 0) for name, v in metrics.items() if known.get(name) != float(v)])
 
 
-def _migrated(database: Path) -> bool:
-    mark = _mark(database)
-    return database.exists() and mark.exists() and mark.read_text() == metadata.version("mlflow")
+def log_curve(run_id: str, name: str, values: Sequence[float]) -> None:
+    """Write a curve, one value a step; steps that the run already has are not written again."""
+    known = {point.step for point in registry.client().get_metric_history(run_id, name)}
+    registry.write(run_id, [(name, float(value), step) for step, value in enumerate(values) if step not in known])
 
 
-def _migrate(database: Path) -> None:
-    if database.exists():
-        shutil.copy2(database, database.with_name(f"{database.name}.before-{metadata.version('mlflow')}"))
-        _upgrade(database)
-    else:
-        beside = database.with_name(f"{database.name}.new")
-        beside.unlink(missing_ok=True)
-        _upgrade(beside)
-        os.replace(beside, database)
-    _mark(database).write_text(metadata.version("mlflow"))
+def log_artifact(run_id: str, path: Path, folder: str | None = None) -> None:
+    """Keep a file with the run."""
+    registry.client().log_artifact(run_id, str(path), folder)
 
 
-def _upgrade(database: Path) -> None:
-    """In a process of its own: migrations change global logging, and MLflow must see the file finished."""
-    silence()
-    command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{database}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RegistryError(
-            f"the registry {database} cannot be migrated to MLflow {metadata.version('mlflow')}: "
-            f"{''.join(reason)}; move the file away, or use the MLflow that wrote it"
-        )
+def log_dataset(run_id: str, name: str, digest: str, context: str) -> None:
+    """Say which images a run read, and what for (`calibration`, `evaluation`)."""
+    registry.write_dataset(run_id, name, digest, context)
+
+
+def dead_runs() -> list[DeadRun]:
+    """Runs that a process of this host left open when it died; those of other hosts cannot be judged."""
+    if not mlflow_store.exists(registry.tracking_uri()):
+        return []
+    return [
+        DeadRun(run.info.run_id, run.data.tags.get(FLOW_RUN, ""), int(run.data.tags[liveness.PID]))
+        for run in _running()
+        if liveness.is_dead(run.data.tags)
+    ]
+
+
+def close_dead_runs() -> list[DeadRun]:
+    """Mark them KILLED; gives what was closed."""
+    dead = dead_runs()
+    for run in dead:
+        close_run(run.run_id, "KILLED")
+    return dead
+
+
+def _running() -> Iterator[Run]:
+    token = None
+    while True:
+        page = registry.client().search_runs([registry.experiment()], "attributes.status = 'RUNNING'", page_token=token)
+        yield from page
+        if not (token := page.token):
+            return

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tasks.summary import Row, percent, points, span, times
+from tasks.summary import Row, percent, span, times
 
 AT_CHANCE = 1.5  # times the chance level: below it, top-1 says no more than guessing
 
 
 def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
-    """Size, speed and accuracy of the last model against dense. `kind` is mask or cut: zeros never imply speed."""
+    """Size, speed and accuracy of the last model against dense. `kind` is mask, cut or none; zeros imply no speed."""
     dense, last = rows[0], rows[-1]
+    if kind == "none":
+        return f"Nothing was pruned: {_accuracy(rows, images)}."
     gain = _size(dense, last)
     if kind == "mask":
         smaller = last.bytes < dense.bytes
         opening = f"{'Smaller' if smaller else 'No smaller'} file, same speed on plain runtimes: {gain}"
     else:
-        opening = f"{gain[0].upper()}{gain[1:]}, {_speed(dense, last)}"
+        opening = f"{gain[0].upper()}{gain[1:]} and {_speed(dense, last)}"
     return f"{opening}; {_accuracy(rows, images)}."
 
 
-def warnings(rows: Sequence[Row], classes: int | None) -> list[str]:
+def warnings(rows: Sequence[Row], kind: str, classes: int | None) -> list[str]:
     """Sentences for a reader who would otherwise trust the figures too much."""
     found = []
     pruned = next((row for row in rows if row.name == "pruned"), None)
@@ -30,8 +32,11 @@ def warnings(rows: Sequence[Row], classes: int | None) -> list[str]:
             "Right after pruning the model was at chance, so healing started from noise. "
             "A smaller budget that leaves the pruned model above chance heals better."
         )
-    if rows[-1].bytes >= rows[0].bytes:
-        found.append("The weights file did not get smaller: packing does not pay at this sparsity.")
+    if kind != "none" and rows[-1].bytes >= rows[0].bytes:
+        found.append(
+            "The weights file did not get smaller"
+            + (": packing does not pay at this sparsity." if kind == "mask" else ".")
+        )
     return found
 
 
@@ -48,19 +53,24 @@ def _speed(dense: Row, last: Row) -> str:
     assert ratio is not None
     spread = f"{times(ratio.median)}, {span(ratio, lambda value: f'{value:.2f}')} between quartiles"
     if ratio.low <= 1 <= ratio.high:
-        return f"and speed did not measurably change (batch of {timed[0]}: {spread})"
-    return f"and a batch of {timed[0]} runs measurably {'faster' if ratio.median > 1 else 'slower'} ({spread})"
+        return f"speed did not measurably change (batch of {timed[0]}: {spread})"
+    return f"a batch of {timed[0]} runs measurably {'faster' if ratio.median > 1 else 'slower'} ({spread})"
 
 
 def _accuracy(rows: Sequence[Row], images: int) -> str:
     dense, last = rows[0], rows[-1]
     before = next((row for row in rows if row.name == "pruned"), last)
     if last.top1 is not None and dense.top1 is not None:
-        gap = points(last.top1 - dense.top1, images)
-        rise = f"{percent(before.top1, images)} % before healing and " if before.top1 is not None else ""
-        return f"top-1 is {percent(last.top1, images)} %, after {rise}{percent(dense.top1, images)} % dense ({gap})"
+        gap = last.top1 - dense.top1
+        side = "the same as" if gap == 0 else f"{percent(abs(gap), images)} points {'below' if gap < 0 else 'above'}"
+        shown = f"top-1 is {percent(last.top1, images)} %, {side} dense"
+        return (
+            shown
+            if before.top1 in (None, last.top1)
+            else f"{shown}, from {percent(before.top1, images)} % before healing"
+        )
     if last.agreement is None:
         return "accuracy was not measured"
-    rise = f" (before healing {percent(before.agreement, images)} %)" if before.agreement is not None else ""
+    rise = "" if before.agreement is None else f", from {percent(before.agreement, images)} % before healing"
     shown = f"it agrees with the dense model on {percent(last.agreement, images)} % of the images{rise}"
-    return f"{shown}; no labels were used, so top-1 is unknown"
+    return f"{shown} (no labels, so top-1 is unknown)"

@@ -62,7 +62,8 @@ def _below(model: nn.Module, roots: Iterable[str]) -> Iterator[tuple[str, nn.Mod
 
 
 def _is_matrix(layer: object) -> bool:
-    return isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_depthwise(layer)
+    single = getattr(layer, "groups", 1) == 1  # one channel to one channel is both, and counts as a matrix
+    return isinstance(layer, (nn.Linear, nn.Conv2d)) and (single or not is_depthwise(layer))
 
 
 def _is_norm(module: nn.Module) -> bool:

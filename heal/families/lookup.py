@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from heal.errors import ArchitectureError
-from heal.families import FAMILIES
+from heal.families.cnn import efficientnet, resnet, vgg
+from heal.families.convnext import convnext
 from heal.families.family import Family
+from heal.families.generic import generic
+from heal.families.swin import swin
+from heal.families.vit import vit
 from heal.naming import nearest
+
+# Here and not in __init__, which has no weight in code digests: a table that changes must invalidate.
+FAMILIES: dict[str, Callable[[nn.Module], Family]] = {
+    "vit": vit,
+    "swin": swin,
+    "convnext": convnext,
+    "resnet": resnet,
+    "vgg": vgg,
+    "efficientnet": efficientnet,
+    "generic": generic,
+}
 
 CLASSES: dict[str, str] = {  # timm's class to its family; subclasses are of the same
     "VisionTransformer": "vit",

@@ -66,7 +66,9 @@ class ClosedForm:
         return HealingReport("closed_form", asdict(self), (), before, after, time.perf_counter() - began)
 
 
-def solve(weight: Tensor, bias: Tensor | None, stats: LayerStats, keep: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def solve(
+    weight: Tensor, bias: Tensor | None, stats: LayerStats, keep: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
     """The repaired (weight [out, kept], bias [out]) in float64; weight is [out, in]. Raises NumericalError."""
     w, c, mu = weight.double().cpu(), stats.covariance, stats.mean
     diagonal = c.diagonal()[keep].mean()
@@ -75,7 +77,9 @@ def solve(weight: Tensor, bias: Tensor | None, stats: LayerStats, keep: Tensor, 
     c_ss = c_ss + ridge * torch.eye(len(keep), dtype=torch.float64)
     factor, failed = torch.linalg.cholesky_ex(c_ss)
     if int(failed):
-        raise NumericalError(f"closed form: the second moment is not positive definite at damping {damping:g}; raise it")
+        raise NumericalError(
+            f"closed form: the second moment is not positive definite at damping {damping:g}; raise it"
+        )
     target = w @ c[:, keep] + ridge * w[:, keep]
     solved = torch.cholesky_solve(target.T, factor).T
     offset = w @ mu - solved @ mu[keep]

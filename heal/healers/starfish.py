@@ -11,6 +11,7 @@ stays in eval mode (same for ViTs; for BatchNorm the code lets running statistic
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -62,9 +63,7 @@ class Starfish:
         finally:
             states.close()
         after = alignment(student, teacher, images)
-        return HealingReport(
-            "starfish", asdict(self), losses, before, after, time.perf_counter() - began, tuple(notes)
-        )
+        return HealingReport("starfish", asdict(self), losses, before, after, time.perf_counter() - began, tuple(notes))
 
     def _train(
         self, student: nn.Module, teacher: nn.Module, replay: Replay, states: TeacherStates, context: HealContext
@@ -86,7 +85,7 @@ class Starfish:
             return fit(student, replay, loss, trainable, mask, schedule, context, "starfish")
 
 
-def _both(notes: list[str], context: HealContext):  # type: ignore[no-untyped-def]
+def _both(notes: list[str], context: HealContext) -> Callable[[str], None]:
     def log(message: str) -> None:
         notes.append(message)
         context.log(message)

@@ -22,8 +22,8 @@ def _timm(name: str, **kwargs: object) -> Callable[[], nn.Module]:
 
 
 def _vgg() -> nn.Module:
-    plan = [8, 12, "M", 16, 12, 8, "M"]  # by class: timm's named ones hold 100 million weights in the head
-    kwargs = {"norm_layer": nn.BatchNorm2d, "num_classes": CLASSES, "mlp_ratio": 1 / 256}
+    plan = [32, 16, "M", 32, 32, 8, "M"]  # by class: timm's named ones hold 100 million weights in the head
+    kwargs = {"norm_layer": nn.BatchNorm2d, "num_classes": CLASSES, "mlp_ratio": 1 / 64}
     model: nn.Module = timm.models.VGG(plan, **kwargs)
     return model
 

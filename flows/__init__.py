@@ -1,0 +1,1 @@
+"""The sequence: Prefect flows and the command line. What happens in which order; no tensors."""

@@ -1,0 +1,37 @@
+"""Asking the gate: a registered version against dense and champion, on the pinned evaluation images."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from heal import bundle
+from tasks import artifacts, promotion, registry
+from tasks.gate import Gate
+from tasks.images import load_evaluation
+from tasks.params import Params
+from tasks.progress import Progress
+
+
+def ask(params: Params, dense: Path, calibration: Path, version: str, *, again: bool = False) -> promotion.Decision:
+    """Judge a version of `registration.name`, and promote it when it passes.
+
+    dense, calibration: those stages' artifacts. A version that was judged before is measured `again`
+    only when a person asks.
+    """
+    name, limits = params.registration.name, Gate(**params.promotion.model_dump())
+    settled = None if again else promotion.settled(name, version, limits)
+    if settled is not None:
+        return settled
+    registry.register_dense(dense / "bundle", name, params.dense.adapter_allow)
+    with tempfile.TemporaryDirectory(prefix="regrow-gate-") as work:
+        preprocessing = bundle.read(dense / "bundle")["preprocessing"]
+        images = load_evaluation(params.evaluation, preprocessing, Progress(Path(work)), calibration)
+        return promotion.ask(
+            name, version, limits, images.array, images.labels, again=again, allow_adapters=params.dense.adapter_allow
+        )
+
+
+def registered_version(registration: Path) -> str:
+    """The version that the registration stage made."""
+    return str(artifacts.read_json(registration / "registration.json")["version"])

@@ -1,0 +1,130 @@
+"""`regrow latency`, `promote`, `rollback`, `history`, `doctor`, `ui`, `store gc`: looking, and setting right."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.screen import Screen
+from heal.errors import InputError
+from tasks import params as parameters
+from tasks import plan, resolve, state
+from tasks.store import Store
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+
+def latency(models: list[str], batches: list[int], rounds: int, output_json: bool) -> int:
+    """Median seconds and quartiles of every model, side by side, and the ratio to the first."""
+    from tasks import latency
+
+    screen = Screen("json" if output_json else "plain")
+    screen.say(f"eager, {rounds} rounds in turns; median (quartiles), times as fast as the first")
+    for timed in latency.compare(models, batches, rounds):
+        t = timed.latency
+        spread = f"{1e3 * t.median:.1f} ms ({1e3 * t.low:.1f}-{1e3 * t.high:.1f})"
+        screen.say(f"batch {timed.batch:<4} {timed.model:<40} {spread:<28} {timed.speedup:.2f}x")
+        screen.note(**{f"{timed.model} batch {timed.batch}": {"median": t.median, "low": t.low, "high": t.high}})
+    screen.close()
+    return 0
+
+
+def promote(name: str | None, version: str | None) -> int:
+    """Ask the gate of params.yaml about a version again. Gives 1 when it rejects."""
+    from flows import gate
+    from tasks import registry
+
+    params = _params()
+    if name not in (None, params.registration.name):
+        raise InputError(f"params.yaml is about {params.registration.name}; run this where the params of {name} are")
+    name = params.registration.name
+    wanted = version or registry.version_of(f"models:/{name}@challenger").version
+    dense, calibration = _artifacts(params, "dense", "calibration")
+    decision = gate.ask(params, dense, calibration, wanted, again=True)
+    screen = Screen("plain")
+    screen.say(decision.reason)
+    if decision.verdict is not None:
+        screen.say(str(decision.verdict))
+    return 1 if decision.rejected else 0
+
+
+def rollback(name: str | None, to: str | None) -> int:
+    """Make an earlier version champion again."""
+    from tasks import promotion
+
+    Screen("plain").say(str(promotion.rollback(name or _params().registration.name, to)))
+    return 0
+
+
+def history(name: str | None, output_json: bool) -> int:
+    """Every move of the model's aliases, oldest first."""
+    from tasks import ledger
+
+    moves = ledger.moves(name or _params().registration.name)
+    for move in moves:
+        sys.stdout.write((move.line() if output_json else str(move)) + "\n")
+    if not moves and not output_json:
+        sys.stdout.write(f"no alias of {name or _params().registration.name} was moved from {state.home()}\n")
+    return 0
+
+
+def doctor() -> int:
+    """Close the MLflow runs of dead processes, and say what is there."""
+    from tasks import registry, tracking
+
+    screen = Screen("plain")
+    screen.say(f"state    {state.home()}")
+    screen.say(f"store    {Store().url}")
+    screen.say(f"registry {registry.tracking_uri()}")
+    for run in tracking.close_dead_runs():
+        screen.say(f"closed   run {run.run_id}: its process {run.pid} is gone")
+    for work in sorted((state.home() / "work").glob("*/checkpoints")):
+        if any(work.iterdir()):
+            screen.say(f"resumes  {work.parent.name[:12]}: an interrupted stage goes on from its checkpoint")
+    return 0
+
+
+def ui(port: int) -> int:
+    """Serve MLflow on the loopback until interrupted."""
+    from tasks import mlflow_store, registry
+
+    mlflow_store.ready(registry.tracking_uri())
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    stored = ["--backend-store-uri", registry.tracking_uri(), "--default-artifact-root", str(state.mlflow_artifacts())]
+    sys.stdout.write(f"http://127.0.0.1:{port}   (Ctrl-C ends it)\n")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *address, *stored])
+
+
+def collect_garbage(keep_runs: int) -> int:
+    """Remove what neither a registered version nor one of the last runs refers to."""
+    from tasks import registry
+    from tasks.gc import gc
+
+    freed = gc(Store(), registry.referenced_artifacts(), keep_runs)
+    for artifact in freed.artifacts:
+        sys.stdout.write(f"{artifact.digest[:12]}  {artifact.stage:<13} {artifact.bytes / 1e6:8.1f} MB\n")
+    sys.stdout.write(f"freed {freed.bytes / 1e6:.1f} MB\n")
+    return 0
+
+
+def _params() -> Params:
+    file = Path("params.yaml")
+    return parameters.load(file if file.is_file() else None, [])
+
+
+def _artifacts(params: Params, *stages: str) -> list[Path]:
+    """The artifacts of cached stages. Raises InputError when one was not made yet."""
+    store = Store()
+    planned = {stage.name: stage for stage in plan.plan(params, store, resolve.resolve(params))}
+    found = []
+    for name in stages:
+        digest = planned[name].digest
+        if digest is None:
+            reason = planned[name].why[0]
+            raise InputError(f"stage {name} of these params has not run yet ({reason}); `regrow run` first")
+        found.append(store.materialise(digest))
+    return found

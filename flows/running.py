@@ -1,0 +1,119 @@
+"""`regrow run`, `demo`, `plan` and `report`: what they do, in the order in which a person sees it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.screen import Output, Screen, duration
+from heal.errors import InputError
+from tasks import params as parameters
+from tasks import plan, resolve, state
+from tasks.plan import PlannedStage
+from tasks.store import Store
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+    from tasks.promotion import Decision
+
+
+def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool = False) -> int:
+    """Run the road, or say that all of it is cached. Gives 1 when the gate rejects."""
+    began = time.monotonic()
+    screen = Screen(output)
+    params = parameters.load(file, overrides)
+    _ensure_dense(params, screen)
+    planned = plan.plan(params, Store(), resolve.resolve(params))
+    _header(params, screen)
+    if all(stage.cached for stage in planned):
+        decision = _all_cached(params, planned, screen)
+    else:
+        decision = _computed(file, overrides, output, screen)
+    _ending(params, decision, screen, began, is_demo)
+    screen.close()
+    return 1 if decision.rejected else 0
+
+
+def show_plan(file: Path, overrides: list[str], output_json: bool) -> int:
+    """Print every stage: cached, or why it would run."""
+    screen = Screen("json" if output_json else "plain")
+    params = parameters.load(file, overrides)
+    stages = plan.plan(params, Store(), resolve.resolve(params))
+    for stage in stages:
+        screen.say(f"{stage.name:<13} {'cached' if stage.cached else 'would run'}")
+        for reason in stage.why:
+            screen.say(f"{'':<13} {reason}")
+    screen.note(stages=[{"name": s.name, "cached": s.cached, "key": s.key, "why": s.why} for s in stages])
+    screen.close()
+    return 0
+
+
+def write_report(file: Path, overrides: list[str], output: Path) -> int:
+    """Copy the report of the run that these params name. Raises InputError when it was not made yet."""
+    params = parameters.load(file, overrides)
+    store = Store()
+    stages = {stage.name: stage for stage in plan.plan(params, store, resolve.resolve(params))}
+    digest = stages["report"].digest
+    if digest is None:
+        raise InputError(f"there is no report of these params yet ({stages['report'].why[0]}); `regrow run` makes it")
+    shutil.copyfile(store.materialise(digest) / "report.html", output)
+    Screen("plain").say(f"wrote {output}")
+    return 0
+
+
+def _ensure_dense(params: Params, screen: Screen) -> None:
+    from tasks import bootstrap
+
+    if bootstrap.is_needed(params):
+        screen.say(f"{params.dense.source} is not registered yet: training a small ViT on digits, a minute or two")
+        seconds = bootstrap.train_dense(params, Store(), screen.progress)
+        screen.say(f"{'trained':<13} {duration(seconds):<9} registered as dense and champion")
+
+
+def _header(params: Params, screen: Screen) -> None:
+    budget = params.allocation.budget.build()
+    screen.say(
+        f"regrow: {params.dense.source}, remove {budget.fraction:g} of {budget.unit} by {params.pruning.method}, "
+        f"heal by {' + '.join(params.healing.methods)} -> {params.registration.name}"
+    )
+
+
+def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> Decision:
+    from flows import gate
+
+    store, digests = Store(), {}
+    for stage in planned:
+        assert stage.record is not None
+        digests[stage.name] = stage.record.digest
+        screen.stage(stage.name, True, stage.record.seconds, stage.record.metrics)
+    screen.note(artifacts=digests)
+    dense, calibration, registration = (
+        store.materialise(digests[name]) for name in ("dense", "calibration", "registration")
+    )
+    return gate.ask(params, dense, calibration, gate.registered_version(registration))
+
+
+def _computed(file: Path | None, overrides: list[str], output: Output, screen: Screen) -> Decision:
+    from flows.recompress import recompress
+
+    state.prefect_home().mkdir(parents=True, exist_ok=True)  # Prefect's server dies without a word when it is missing
+    outcome = recompress(None if file is None else str(file), overrides, output)
+    screen.note(artifacts={name: ref.digest for name, ref in outcome.references.items()})
+    return outcome.decision
+
+
+def _ending(params: Params, decision: Decision, screen: Screen, began: float, is_demo: bool) -> None:
+    screen.say(f"{'promotion':<13} {decision.reason}")
+    if decision.verdict is not None:
+        screen.say(str(decision.verdict))
+    store = Store()
+    digests = screen.facts["artifacts"]
+    screen.table(store.materialise(digests["evaluation"]) / "evaluation.json")
+    report = store.materialise(digests["report"]) / "report.html"
+    screen.note(report=str(report), seconds=time.monotonic() - began, decision=decision.reason)
+    screen.say(f"\nreport   {report}")
+    screen.say(f"MLflow   regrow ui   (model {params.registration.name}, http://127.0.0.1:5000)")
+    if is_demo:
+        screen.say("again    regrow demo   (all cached), or change a param: regrow plan -S healing.starfish.lr=3e-4")

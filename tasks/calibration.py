@@ -1,0 +1,141 @@
+"""Stage: a fixed set of unlabeled images, drawn by (seed, count), each known to decode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from heal import bundle
+from heal.errors import ImagesError
+from heal.images import shuffled
+from tasks import artifacts, data
+from tasks.preprocessing import decode
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+    from tasks.params_schema import Calibration
+    from tasks.progress import Progress
+
+ROW_GROUP = 64
+
+COMPARED = 20_000
+"""With more evaluation images than this, only ids are compared, not contents: hashing them would take minutes."""
+
+_SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("image", pa.binary(), nullable=False)])
+
+
+def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
+    """Write images.parquet and calibration.json. Raises ImagesError."""
+    section, evaluation = params.calibration, params.evaluation.source
+    source, ids = data.for_calibration(section.source, evaluation)
+    drawing = _Drawing(section, source, ids, _contents(evaluation, data.is_shared(section.source, evaluation)))
+    progress.log(f"draws {section.count} of {len(ids)} images of {source.name}; labels are not read")
+    digest = hashlib.sha256()
+    with (
+        pq.ParquetWriter(output / "images.parquet", _SCHEMA, compression="none") as writer,
+        progress.track("images", section.count) as advance,
+    ):
+        for group in _grouped(drawing.images(), ROW_GROUP):
+            writer.write_table(pa.table(list(zip(*group, strict=True)), schema=_SCHEMA), row_group_size=ROW_GROUP)
+            for image, encoded in group:
+                digest.update(f"{hashlib.sha256(encoded).hexdigest()}  {image}\n".encode())
+            advance(len(group))
+    for image in drawing.skipped:
+        progress.log(f"skipped {image}: it cannot be decoded")
+    artifacts.write_json(output / "calibration.json", _described(drawing, digest.hexdigest(), evaluation, inputs))
+    return {"images": float(section.count), "skipped": float(len(drawing.skipped))}
+
+
+@dataclass
+class _Drawing:
+    """Ids in the order of their drawing, corrupt ones and copies of evaluation images passed over."""
+
+    section: Calibration
+    source: data.Source
+    ids: list[str]
+    taken: frozenset[str]
+    skipped: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+
+    def images(self) -> Iterator[tuple[str, bytes]]:
+        """`count` times an id and its encoded bytes. Raises ImagesError when there are too few."""
+        count, drawn = self.section.count, 0
+        if count > len(self.ids):
+            raise ImagesError(self._too_few(len(self.ids)))
+        order = iter(shuffled(len(self.ids), self.section.seed, "calibration").tolist())
+        while drawn < count:
+            number = next(order, None)
+            if number is None:
+                raise ImagesError(self._too_few(drawn))
+            image = self.ids[number]
+            encoded = self.source.read(image)
+            if hashlib.sha256(encoded).hexdigest() in self.taken:
+                self.duplicates.append(image)
+            elif self._decodes(image, encoded):
+                drawn += 1
+                yield image, encoded
+
+    def _decodes(self, image: str, encoded: bytes) -> bool:
+        try:
+            decode(encoded)
+        except ImagesError as error:
+            if self.section.corrupt == "refuse":
+                raise ImagesError(
+                    f"{self.source.name}: image {image} {error}; remove it, or set calibration.corrupt: skip"
+                ) from error
+            self.skipped.append(image)
+            self._refuse_too_many()
+            return False
+        return True
+
+    def _refuse_too_many(self) -> None:
+        allowed = int(self.section.max_skipped * self.section.count)
+        if len(self.skipped) > allowed:
+            raise ImagesError(
+                f"{self.source.name}: {len(self.skipped)} corrupt images, but calibration.max_skipped = "
+                f"{self.section.max_skipped:g} of {self.section.count} allows {allowed}; the last is {self.skipped[-1]}"
+            )
+
+    def _too_few(self, drawn: int) -> str:
+        passed = f" ({len(self.skipped)} corrupt, {len(self.duplicates)} also used for evaluation)"
+        return (
+            f"calibration.count = {self.section.count}, but {self.source.name} has only {drawn} images to draw from"
+            f"{passed if self.skipped or self.duplicates else ''}; lower the count or add images"
+        )
+
+
+def _contents(evaluation: str, shared: bool) -> frozenset[str]:
+    """SHA-256 of every evaluation image, where that is cheap."""
+    source, ids = data.for_evaluation(evaluation, shared)
+    if len(ids) > COMPARED:
+        return frozenset()
+    return frozenset(hashlib.sha256(source.read(image)).hexdigest() for image in ids)
+
+
+def _described(drawing: _Drawing, digest: str, evaluation: str, inputs: Mapping[str, Path]) -> dict[str, object]:
+    return {
+        "source": drawing.source.name,
+        "count": drawing.section.count,
+        "ids_digest": digest,
+        "preprocessing": bundle.read(inputs["dense"] / "bundle")["preprocessing"],
+        "shared": data.is_shared(drawing.section.source, evaluation),
+        "skipped": drawing.skipped,
+        "duplicates": drawing.duplicates,
+    }
+
+
+def _grouped(rows: Iterator[tuple[str, bytes]], size: int) -> Iterator[list[tuple[str, bytes]]]:
+    group: list[tuple[str, bytes]] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -1,0 +1,228 @@
+"""Stage: the trained model to compress, from wherever it is, as a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+
+from heal import bundle, cost
+from heal.architecture import Architecture, of
+from heal.bundle_format import DESCRIPTION, METADATA
+from heal.compat import timm
+from heal.errors import ArchitectureError, InputError, WeightsError
+from heal.families.lookup import describe
+from heal.naming import nearest
+from heal.pruned import refuse_broken
+from heal.timm_config import preprocessing
+from tasks import artifacts, demo, mlflow_store, weights
+from tasks.preprocessing import parse
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+    from tasks.params_schema import Dense
+    from tasks.progress import Progress
+
+TRAINED = hashlib.sha256(b"the digits model that tasks/demo.py trains").hexdigest()
+"""What a missing registry version points to when it is to be trained: the code and the seed say the rest."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A network with what is known of it. `folder`: the bundle it was read from, if it was."""
+
+    model: nn.Module
+    architecture: Architecture
+    known: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def resolve(params: Params) -> str:
+    """The digest of what dense.source points to now. Raises InputError when it is not there."""
+    section = params.dense
+    kind, name = _split(section.source)
+    if kind == "models":
+        from tasks import registry  # MLflow takes seconds to import
+
+        return TRAINED if _is_to_train(section) else registry.resolve(section.source)
+    if kind == "bundle":
+        return bundle.digest(name)
+    if kind == "timm":
+        return _sha256(f"timm:{_tagged(name)}")
+    if kind == "file":
+        adapter = (section.architecture or "").removeprefix("adapter:")
+        return _sha256(weights.digest(Path(name)) + (_source_digest(adapter) if ":" in adapter else ""))
+    return _sha256(_source_digest(name) + weights.digest_of(_built(_architecture(section.source, section), section)))
+
+
+def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
+    """Write the bundle and dense.json. Raises InputError."""
+    section = params.dense
+    opened = _open(section, progress)
+    refuse_broken(opened.model)
+    metadata = _metadata(section, opened)
+    if opened.folder is not None and metadata == opened.known:
+        digest = _copied(opened.folder, output / "bundle")
+    else:
+        mask = bundle.masks(opened.folder) if opened.folder is not None else None
+        digest = bundle.save(
+            opened.model, output / "bundle", architecture=opened.architecture, mask=mask, metadata=metadata
+        )
+    parse(bundle.read(output / "bundle")["preprocessing"])
+    family, parameters = describe(opened.model).name, cost.parameters(opened.model)
+    artifacts.write_json(output / "dense.json", {"source": _public(section.source), "digest": digest, "family": family})
+    progress.log(f"{opened.architecture.name} of family {family}, {parameters:,} parameters")
+    return {"parameters": float(parameters)}
+
+
+def _open(section: Dense, progress: Progress) -> _Opened:
+    kind, name = _split(section.source)
+    if kind == "models":
+        return _from_bundle(_registered(section, progress), section)
+    if kind == "bundle":
+        return _from_bundle(Path(name), section)
+    if kind == "timm":
+        return _from_timm(name, section.architecture_args)
+    architecture = _architecture(section.architecture or "" if kind == "file" else section.source, section)
+    model = _built(architecture, section)
+    if kind == "file":
+        weights.fill(model, weights.read(Path(name)), Path(name).name)
+    return _Opened(model, architecture)
+
+
+def _registered(section: Dense, progress: Progress) -> Path:
+    """The bundle of a registered version, or the digits model trained in its place."""
+    from tasks import registry
+
+    if not _is_to_train(section):
+        return registry.fetch_bundle(section.source)
+    progress.fallback(
+        f"{section.source} is not in the registry: trains a small ViT on digits instead (dense.if_missing: train)"
+    )
+    folder = progress.checkpoints / "trained"
+    demo.train_digits(folder, section.seed, progress)
+    return folder
+
+
+def _is_to_train(section: Dense) -> bool:
+    """Whether the alias is not there and a digits model may stand in. A registry that is down is not a missing one."""
+    name, _, alias = section.source.removeprefix("models:/").partition("@")
+    if section.if_missing == "refuse" or not alias:
+        return False
+    if not mlflow_store.exists(mlflow_store.tracking_uri()):
+        return True
+    from tasks import registry
+
+    try:
+        return alias not in registry.aliases(name)
+    except mlflow_store.UnreachableError:
+        raise
+    except registry.RegistryError:
+        return True
+
+
+def _from_bundle(folder: Path, section: Dense) -> _Opened:
+    described = bundle.read(folder)
+    known = {key: described.get(key) for key in METADATA}
+    model = bundle.load(folder, allow_adapters=section.adapter_allow)
+    return _Opened(model, Architecture(**described["architecture"]), known, folder)
+
+
+def _from_timm(name: str, kwargs: Mapping[str, Any]) -> _Opened:
+    tagged = _tagged(name)
+    try:
+        model: nn.Module = timm.create_model(tagged, pretrained=True, **kwargs).eval()
+    except (OSError, RuntimeError, ValueError, TypeError, HfHubHTTPError) as error:
+        first = str(error).partition("\n")[0]
+        raise WeightsError(
+            f"timm:{name}: the weights {tagged} are not in the local cache and cannot be fetched, or do not fit "
+            f"({type(error).__name__}: {first}); fetch them with a connection, or use file:PATH"
+        ) from error
+    return _Opened(model, of(model))
+
+
+def _tagged(name: str) -> str:
+    """The model's name with the tag of its weights, its default tag if none is given. Raises ArchitectureError."""
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise ArchitectureError(f"timm has no model {base!r} (dense.source); {nearest(base, timm.list_models())}")
+    tagged = timm.list_pretrained(f"{base}.*") + timm.list_pretrained(base)
+    if tag and name not in tagged:
+        raise ArchitectureError(f"timm has no weights {name!r} (dense.source); {nearest(name, tagged)}")
+    default = timm.get_pretrained_cfg(base)
+    if not tagged or default is None:
+        raise WeightsError(f"timm has no trained weights of {base!r}; use file:PATH with dense.architecture: {base}")
+    return name if tag or not default.tag else f"{base}.{default.tag}"
+
+
+def _architecture(named: str, section: Dense) -> Architecture:
+    source = "adapter" if named.startswith("adapter:") else "timm"
+    return Architecture(source, named.removeprefix("adapter:"), dict(section.architecture_args))
+
+
+def _built(architecture: Architecture, section: Dense) -> nn.Module:
+    """Seeded, so that what an adapter leaves to chance is at least the same chance every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(section.seed)
+        return architecture.build(section.adapter_allow)
+
+
+def _metadata(section: Dense, opened: _Opened) -> dict[str, Any]:
+    """What is known of the model, under what params say. Raises InputError when preprocessing stays unknown."""
+    metadata = dict(opened.known)
+    if section.class_names is not None:
+        metadata["class_names"] = list(section.class_names)
+    asked = section.preprocessing.model_dump(mode="json", exclude_none=True)
+    if asked or metadata.get("preprocessing") is None:
+        metadata["preprocessing"] = _preprocessing(asked, metadata.get("preprocessing"), opened)
+    return metadata
+
+
+def _preprocessing(asked: Mapping[str, Any], known: Mapping[str, Any] | None, opened: _Opened) -> dict[str, Any]:
+    own = known or preprocessing(opened.model, opened.architecture.kwargs) or {}
+    if "size" in asked and asked["size"] != own.get("size"):
+        own = {key: value for key, value in own.items() if key != "resize"}  # it was chosen for another size
+    return parse({**own, **asked}).described()
+
+
+def _copied(folder: Path, target: Path) -> str:
+    """The bundle's own files, byte for byte, so that the same model is the same artifact from every source."""
+    target.mkdir(parents=True)
+    for name in (DESCRIPTION, *bundle.read(folder)["files"]):
+        shutil.copyfile(folder / name, target / name)
+    return bundle.digest(target)
+
+
+def _source_digest(adapter: str) -> str:
+    """SHA-256 of the file that holds an adapter."""
+    module = adapter.partition(":")[0]
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError as error:
+        raise InputError(f"adapter {adapter}: {error}; install its package or set PYTHONPATH") from error
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise InputError(f"adapter {adapter}: there is no module {module}; install its package or set PYTHONPATH")
+    return weights.digest(Path(spec.origin))
+
+
+def _split(source: str) -> tuple[str, str]:
+    kind, _, name = source.partition(":")
+    return kind, name
+
+
+def _public(source: str) -> str:
+    """The source without a path of this machine."""
+    kind, name = _split(source)
+    return f"{kind}:{Path(name).resolve().name}" if kind in ("file", "bundle") else source
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""What a report knows: read from the artifacts of a run, in plain values."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tasks import manifest
+from tasks.summary import Row, rows
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The artifacts' JSON, with the models of the evaluation as rows.
+
+    `bundle` is the dense bundle.json, `pruner` what the pruned bundle says of its method, `digests` maps a stage to
+    its artifact's digest, `weights` is the SHA-256 of the healed weights file.
+    """
+
+    dense: Mapping[str, Json]
+    bundle: Mapping[str, Json]
+    calibration: Mapping[str, Json]
+    allocation: Mapping[str, Json]
+    pruned: Mapping[str, Json]
+    pruner: Mapping[str, Json]
+    healing: tuple[Mapping[str, Json], ...]
+    evaluation: Mapping[str, Json]
+    rows: tuple[Row, ...]
+    digests: Mapping[str, str]
+    weights: str
+
+    @property
+    def model(self) -> str:
+        """The architecture's name."""
+        return str(self.bundle["architecture"]["name"])
+
+    @property
+    def kind(self) -> str:
+        """mask where weights were zeroed, cut where channels went, none where nothing was pruned."""
+        return str(self.pruned["kind"]) if self.pruned["lines"] else "none"
+
+    @property
+    def images(self) -> int:
+        """How many evaluation images."""
+        return int(self.evaluation["images"])
+
+    @property
+    def total(self) -> int:
+        """How many weights or neurons the dense model has in the layers of the budget."""
+        return sum(self.allocation["total"].values())
+
+    @property
+    def got(self) -> int:
+        """How many of them stay."""
+        return int(self.allocation["got"]) if self.pruned["lines"] else self.total
+
+    @property
+    def healers(self) -> tuple[str, ...]:
+        """The healers that took part, in order; `none` is one by name."""
+        return tuple(report["method"] for report in self.healing)
+
+
+def gather(inputs: Mapping[str, Path]) -> Facts:
+    """Read the upstream artifacts of the report stage."""
+    healing = tuple(_json(inputs["healing"] / "healing.json"))
+    evaluation = _json(inputs["evaluation"] / "evaluation.json")
+    measured = rows(evaluation, [report["method"] for report in healing[:-1]])
+    healed = _json(inputs["healing"] / "bundle" / "bundle.json")
+    return Facts(
+        dense=_json(inputs["dense"] / "dense.json"),
+        bundle=_json(inputs["dense"] / "bundle" / "bundle.json"),
+        calibration=_json(inputs["calibration"] / "calibration.json"),
+        allocation=_json(inputs["allocation"] / "allocation.json"),
+        pruned=_json(inputs["pruning"] / "pruned.json"),
+        pruner=_json(inputs["pruning"] / "bundle" / "bundle.json")["method"] or {},
+        healing=healing,
+        evaluation=evaluation,
+        rows=tuple(replace(row, bytes_float16=_bytes_float16(_weights(row.name, inputs))) for row in measured),
+        digests={stage: _digest(folder) for stage, folder in inputs.items()},
+        weights=healed["files"]["weights.safetensors"],
+    )
+
+
+def forward_order(names: Mapping[str, Json]) -> list[str]:
+    """Dotted names with their numbers as numbers: JSON files sort blocks.10 before blocks.2."""
+    return sorted(
+        names, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in _parts(name)]
+    )
+
+
+def _parts(name: str) -> list[str]:
+    return re.split(r"(\d+)", name)
+
+
+def _json(path: Path) -> Json:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _digest(folder: Path) -> str:
+    """The artifact's digest, whether or not its manifest lies in the folder."""
+    files = manifest.scan(folder)
+    return manifest.digest_of({name: file for name, file in files.items() if name != manifest.NAME})
+
+
+def _weights(name: str, inputs: Mapping[str, Path]) -> Path:
+    folders = {"dense": inputs["dense"], "pruned": inputs["pruning"], "healed": inputs["healing"]}
+    between = inputs["healing"] / "after" / name.removeprefix("after ")
+    return folders.get(name, between) / "bundle" / "weights.safetensors"
+
+
+def _bytes_float16(weights: Path) -> int:
+    """The file's size if its matrices were stored as float16, as `heal.save(dtype="float16")` does: vectors stay."""
+    with open(weights, "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    halved = [
+        prod(entry["shape"])
+        for name, entry in header.items()
+        if entry.get("dtype") == "F32" and (len(entry["shape"]) > 1 or name.endswith(".compressed"))
+    ]
+    return int(weights.stat().st_size - 2 * sum(halved))

@@ -1,0 +1,48 @@
+"""Bundles and registered versions timed side by side in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from heal import bundle, cost
+from heal.cost import Latency
+from heal.errors import InputError
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One model at one batch size; `speedup` is how many times as fast as the first model."""
+
+    model: str
+    batch: int
+    latency: Latency
+    speedup: float
+
+
+def compare(models: Sequence[str], batches: Sequence[int], rounds: int) -> Iterator[Timed]:
+    """Measure folders of bundles, or models:/NAME@ALIAS; all on images of the first one's size.
+
+    Raises InputError when that does not say its size.
+    """
+    folders = {name: _folder(name) for name in models}
+    networks = {name: bundle.load(folder) for name, folder in folders.items()}
+    size = (bundle.read(folders[models[0]])["preprocessing"] or {}).get("size")
+    if size is None:
+        raise InputError(f"{models[0]} does not say its input size (preprocessing.size in bundle.json); save it anew")
+    for batch in batches:
+        images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+        timed = cost.latency(networks, images, rounds)
+        for name, latency in timed.items():
+            yield Timed(name, batch, latency, timed[models[0]].median / latency.median)
+
+
+def _folder(name: str) -> Path:
+    if not name.startswith("models:/"):
+        return Path(name)
+    from tasks import registry  # MLflow takes seconds to import
+
+    return registry.fetch_bundle(name)

@@ -1,0 +1,34 @@
+"""What moving names point to right now: aliases, folders, files. Keys hold these digests, never the names."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heal.errors import ImagesError
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+
+def resolve(params: Params) -> dict[str, str]:
+    """Dotted params key -> digest of what it points to now.
+
+    Raises InputError subclasses when something named is not there.
+    """
+    from tasks import data, dense  # here, because a help text or a list of stages should not wait for them
+
+    found = {"dense.source": dense.resolve(params)}
+    for key, source in (("calibration", params.calibration.source), ("evaluation", params.evaluation.source)):
+        if source != "digits":  # digits come with the code, and the code has a digest of its own
+            found[f"{key}.source"] = data.resolve(source)
+    if isinstance(params.evaluation.labels, str):
+        found["evaluation.labels"] = _file(Path(params.evaluation.labels))
+    return found
+
+
+def _file(path: Path) -> str:
+    if not path.is_file():
+        raise ImagesError(f"evaluation.labels: there is no file {path}; give a CSV with columns file,label")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,78 @@
+"""A folder of image files: one folder a class, or flat and unlabeled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from heal.errors import ImagesError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+class ImageFolder:
+    """Ids are paths below the folder, with `/`, sorted; hidden files and other suffixes are passed over.
+
+    The class is the first folder of the path: its number if all such folders are numbers, else its
+    rank among the sorted names. With a file outside any folder there are no labels. Links are
+    followed to files only, and only within the folder (others are refused).
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise ImagesError(f"imagefolder:{path} is not a folder; give the path of a folder of images")
+        self.root = path.resolve()
+        self.name = f"imagefolder:{self.root.name}"
+
+    def ids(self) -> Sequence[str]:
+        """All ids. Raises ImagesError when there is no image."""
+        return self._ids
+
+    def read(self, image: str) -> bytes:
+        """The file's bytes. Raises ImagesError when it is not (or no longer) inside the folder."""
+        path = self.root / image
+        if not path.resolve().is_relative_to(self.root):
+            raise ImagesError(f"{self.root}: {image} leaves the folder; put a copy of the file in its place")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ImagesError(f"{path} cannot be read: {error.strerror}") from error
+
+    def labels(self) -> Mapping[str, int] | None:
+        """Class indices by id, or None for a flat folder. Raises ImagesError when two folders mean one number."""
+        if any("/" not in image for image in self._ids):
+            return None
+        classes = {image: image.partition("/")[0] for image in self._ids}
+        names = sorted(set(classes.values()))
+        indices = _indices(names)
+        if len(set(indices.values())) < len(names):
+            raise ImagesError(f"{self.root}: two folders stand for one class number; keep one spelling of each")
+        return {image: indices[name] for image, name in classes.items()}
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        found = sorted(_images(self.root, ""))
+        if not found:
+            raise ImagesError(f"{self.root} holds no image ({', '.join(sorted(SUFFIXES))}); check the path")
+        return found
+
+
+def _indices(names: list[str]) -> dict[str, int]:
+    if all(name.isascii() and name.isdigit() for name in names):
+        return {name: int(name) for name in names}
+    return {name: index for index, name in enumerate(names)}
+
+
+def _images(folder: Path, prefix: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and entry.is_dir():
+                raise ImagesError(f"{entry.path} is a link to a folder, which is not followed; put the folder there")
+            if entry.is_dir():
+                yield from _images(folder / entry.name, f"{prefix}{entry.name}/")
+            elif Path(entry.name).suffix.lower() in SUFFIXES:
+                yield prefix + entry.name

@@ -1,0 +1,29 @@
+"""The toy pipeline as a fixture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tasks import toy
+
+
+@pytest.fixture
+def toy_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """Puts the toy pipeline on the path; gives a function that says which stages ran so far."""
+    log = tmp_path / "ran.log"
+    log.touch()
+    toy.write(tmp_path)
+    monkeypatch.setenv("TOY_LOG", str(log))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda: log.read_text().split()
+    forget()
+
+
+def forget() -> None:
+    """Import the toy stages anew next time."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "toy"]:
+        del sys.modules[name]
