@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from flows.screen import Output
@@ -37,21 +36,13 @@ def main() -> None:
     """The entry point: 0 done, 1 the run failed or the gate rejected, 2 the user must change something."""
     _quiet_the_stack()
     try:
-        code = app(standalone_mode=False)
-    except typer.Abort:
-        code = 130
-    except typer.Exit as exit_:
-        code = exit_.exit_code
+        app()
     except HealError as error:
-        code = _explained(error)
-    except click.ClickException as error:  # typed wrongly
-        error.show()
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_explained(error))
 
 
 @app.command()
-def demo(output_json: Json = False, verbose: Verbose = False) -> int:
+def demo(output_json: Json = False, verbose: Verbose = False) -> None:
     """The whole road on scikit-learn's digits: trains a small ViT if the registry has none, then recompresses it.
 
     `regrow demo`
@@ -59,31 +50,31 @@ def demo(output_json: Json = False, verbose: Verbose = False) -> int:
     from flows import running
 
     file = Path("params.yaml") if Path("params.yaml").exists() else None
-    return running.run(file, [], _output(output_json, verbose), is_demo=True)
+    raise typer.Exit(running.run(file, [], _output(output_json, verbose), is_demo=True))
 
 
 @app.command()
 def run(
     params: ParamsFile = None, override: Overrides = None, output_json: Json = False, verbose: Verbose = False
-) -> int:
+) -> None:
     """Recompress the model that the params name; what is cached does not run again.
 
     `regrow run -p benchmarks/presets/deit_vbp.yaml -S dense.source=file:deit.safetensors`
     """
     from flows import running
 
-    return running.run(_params_file(params), override or [], _output(output_json, verbose))
+    raise typer.Exit(running.run(_params_file(params), override or [], _output(output_json, verbose)))
 
 
 @app.command()
-def plan(params: ParamsFile = None, override: Overrides = None, output_json: Json = False) -> int:
+def plan(params: ParamsFile = None, override: Overrides = None, output_json: Json = False) -> None:
     """What `regrow run` would do: cached or not, stage by stage, and why.
 
     `regrow plan -S healing.starfish.lr=3e-4`
     """
     from flows import running
 
-    return running.show_plan(_params_file(params), override or [], output_json)
+    raise typer.Exit(running.show_plan(_params_file(params), override or [], output_json))
 
 
 @app.command()
@@ -91,14 +82,14 @@ def report(
     params: ParamsFile = None,
     override: Overrides = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("report.html"),
-) -> int:
+) -> None:
     """Write the report of a finished run to a file.
 
     `regrow report -o report.html`
     """
     from flows import running
 
-    return running.write_report(_params_file(params), override or [], output)
+    raise typer.Exit(running.write_report(_params_file(params), override or [], output))
 
 
 @app.command()
@@ -109,88 +100,88 @@ def latency(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 30,
     output_json: Json = False,
-) -> int:
+) -> None:
     """Measure models side by side in this process: median and quartiles, and the ratio to the first.
 
     `regrow latency models:/digits-vit@dense models:/digits-vit@champion -b 1 -b 32`
     """
     from flows import inspection
 
-    return inspection.latency(models, batch or [1, 32], rounds, output_json)
+    raise typer.Exit(inspection.latency(models, batch or [1, 32], rounds, output_json))
 
 
 @app.command()
 def promote(
     name: Name = None,
     version: Annotated[str | None, typer.Option(help="The version; the challenger by default.")] = None,
-) -> int:
+) -> None:
     """Ask the gate about a version, and make it champion when it passes.
 
     `regrow promote digits-vit --version 3`
     """
     from flows import inspection
 
-    return inspection.promote(name, version)
+    raise typer.Exit(inspection.promote(name, version))
 
 
 @app.command()
 def rollback(
     name: Name = None,
     to: Annotated[str | None, typer.Option(help="The version; the previous champion by default.")] = None,
-) -> int:
+) -> None:
     """Make an earlier version champion again.
 
     `regrow rollback digits-vit`
     """
     from flows import inspection
 
-    return inspection.rollback(name, to)
+    raise typer.Exit(inspection.rollback(name, to))
 
 
 @app.command()
-def history(name: Name = None, output_json: Json = False) -> int:
+def history(name: Name = None, output_json: Json = False) -> None:
     """Every move of an alias: who, when, from, to, why.
 
     `regrow history digits-vit`
     """
     from flows import inspection
 
-    return inspection.history(name, output_json)
+    raise typer.Exit(inspection.history(name, output_json))
 
 
 @app.command()
-def doctor() -> int:
+def doctor() -> None:
     """Check the surroundings and mend what a killed process left behind.
 
     `regrow doctor`
     """
     from flows import inspection
 
-    return inspection.doctor()
+    raise typer.Exit(inspection.doctor())
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(min=1024, max=65535)] = 5000) -> int:
+def ui(port: Annotated[int, typer.Option(min=1024, max=65535)] = 5000) -> None:
     """Serve MLflow's pages on 127.0.0.1 until interrupted.
 
     `regrow ui --port 5000`
     """
     from flows import inspection
 
-    return inspection.ui(port)
+    raise typer.Exit(inspection.ui(port))
 
 
 @store.command()
 def gc(
     keep_runs: Annotated[int, typer.Option(min=0, help="Keep what the last N runs used.")] = 20,
-) -> int:
+) -> None:
     """Remove artifacts that neither a registered version nor one of the last runs refers to.
 
     `regrow store gc --keep-runs 5`
     """
     from flows import inspection
 
-    return inspection.collect_garbage(keep_runs)
+    raise typer.Exit(inspection.collect_garbage(keep_runs))
 
 
 def _params_file(given: Path | None) -> Path:
@@ -237,3 +228,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
+
+
+if __name__ == "__main__":
+    main()

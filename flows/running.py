@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool = False) -> int:
     """Run the road, or say that all of it is cached. Gives 1 when the gate rejects."""
+    from tasks import rehearsal
+
     began = time.monotonic()
     screen = Screen(output)
     params = parameters.load(file, overrides)
@@ -30,6 +32,7 @@ def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool =
     if all(stage.cached for stage in planned):
         decision = _all_cached(params, planned, screen)
     else:
+        rehearsal.rehearse(params, {stage.name: stage for stage in planned}, Store())
         decision = _computed(file, overrides, output, screen)
     _ending(params, decision, screen, began, is_demo)
     screen.close()
@@ -100,6 +103,8 @@ def _computed(file: Path | None, overrides: list[str], output: Output, screen: S
 
     state.prefect_home().mkdir(parents=True, exist_ok=True)  # Prefect's server dies without a word when it is missing
     outcome = recompress(None if file is None else str(file), overrides, output)
+    for name, ref in outcome.references.items():
+        screen.remember(name, ref.cached, ref.seconds, ref.metrics)
     screen.note(artifacts={name: ref.digest for name, ref in outcome.references.items()})
     return outcome.decision
 

@@ -35,9 +35,13 @@ class Screen:
 
     def stage(self, name: str, cached: bool, seconds: float, metrics: Mapping[str, float]) -> None:
         """A finished stage: "pruning   cached", "healing   2 m 14 s   alignment 0.61 -> 0.94"."""
-        self.facts["stages"][name] = {"cached": cached, "seconds": seconds, "metrics": dict(metrics)}
+        self.remember(name, cached, seconds, metrics)
         took = "cached" if cached else duration(seconds)
         self.say(f"{name:<13} {took:<9} {_remark(name, metrics)}".rstrip())
+
+    def remember(self, name: str, cached: bool, seconds: float, metrics: Mapping[str, float]) -> None:
+        """A finished stage, for `--json` only: the flow has its own screen, and has shown it."""
+        self.facts["stages"][name] = {"cached": cached, "seconds": seconds, "metrics": dict(metrics)}
 
     def note(self, **facts: Any) -> None:
         """Facts for `--json`."""

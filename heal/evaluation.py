@@ -8,16 +8,21 @@ from torch import Tensor, nn
 from heal.errors import ArchitectureError, ImagesError, NumericalError
 from heal.images import Images, Replay
 from heal.modes import evaluating
+from heal.progress import Report, quiet
 
 
-def predict(model: nn.Module, images: Images, batch_size: int = 64) -> Tensor:
+def predict(model: nn.Module, images: Images, batch_size: int = 64, report: Report = quiet) -> Tensor:
     """Logits [n, classes], float32 on the CPU, in the order of the images.
 
     The model runs in eval mode, without gradients, on its own device and in its own dtype, and gets
     its mode back. Raises ImagesError when there are no images, NumericalError on NaN or infinity.
     """
     with evaluating(model), torch.inference_mode():
-        answers = [_logits(model, batch) for batch in Replay(images, batch_size)]
+        replay, answers = Replay(images, batch_size), []
+        total = len(replay)
+        for batch in replay:
+            answers.append(_logits(model, batch))
+            report("prediction", len(answers), total)
     if not answers:
         raise ImagesError("images: none to predict; pass at least one batch")
     logits = torch.cat(answers)

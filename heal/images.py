@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard, cast, runtime_checkable
 
@@ -47,7 +47,7 @@ class Replay:
     def __len__(self) -> int:
         if is_array(self.images):
             return -(-self.images.shape[0] // self.batch_size)
-        return sum(1 for _ in self)
+        return len(self.images) if isinstance(self.images, Sized) else sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.starting_at(0)

@@ -57,7 +57,7 @@ class HealContext:
     """What a healer is given besides the two networks and the images.
 
     statistics: the dense model's moments. pruned: what was cut or masked. seed: the order of
-    images. checkpoints: a folder to resume from, or None; checkpoint_seconds: how often to save there;
+    images. checkpoints: a folder to save to and resume from, or None;
     checkpoint_saved: called after each. cache_bytes: memory for cached teacher states; spill_bytes:
     disk for them.
     """
@@ -66,7 +66,6 @@ class HealContext:
     pruned: Mask | ChannelCut
     seed: int = 0
     checkpoints: Path | None = None
-    checkpoint_seconds: float = 20.0
     checkpoint_saved: Callable[[], None] = lambda: None
     cache_bytes: int = 2 * 2**30
     spill_bytes: int = 32 * 2**30

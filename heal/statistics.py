@@ -34,11 +34,12 @@ def capture(
     """
     streams = {tap: _Stream(_channel_axis(model, tap), comoment) for tap, comoment in taps.items()}
     replay = Replay(images, batch_size)
+    total = len(replay)
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode(), listening(model, {t: s.add for t, s in streams.items()}):
         for done, batch in enumerate(replay, start=1):
             model(batch.to(device))
-            report("activations", done, len(replay))
+            report("activations", done, total)
     return {tap: stream.result(tap) for tap, stream in streams.items()}
 
 

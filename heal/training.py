@@ -27,6 +27,9 @@ from heal.method import HealContext
 from heal.modes import evaluating, training_only
 from heal.values import Mask
 
+PAUSE = 2.0
+"""Seconds between checkpoints, at least."""
+
 Loss = Callable[[int, Tensor], Tensor]
 """(number of the batch, images [b, c, h, w]) -> scalar, float32."""
 
@@ -144,7 +147,7 @@ class _Checkpoint:
         self.path = None if context.checkpoints is None else Path(context.checkpoints) / f"{name}.safetensors"
         self.context, self.trainable, self.optimiser = context, trainable, optimiser
         self.schedule = json.dumps(asdict(schedule), sort_keys=True)
-        self.saved_at = time.monotonic()
+        self.due_at = time.monotonic() + PAUSE
 
     def restore(self) -> list[float]:
         """Take up the last checkpoint, if there is one of this schedule; the losses so far."""
@@ -167,8 +170,9 @@ class _Checkpoint:
         return losses
 
     def save_if_due(self, losses: list[float]) -> None:
-        """Write the file when `checkpoint_seconds` have passed since the last."""
-        if self.path is None or time.monotonic() - self.saved_at < self.context.checkpoint_seconds:
+        """Write the file, seldom enough that at most a twentieth of the time goes into it."""
+        began = time.monotonic()
+        if self.path is None or began < self.due_at:
             return
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
         for name, parameter in self.trainable.items():
@@ -182,5 +186,6 @@ class _Checkpoint:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, self.path)
-        self.saved_at = time.monotonic()
         self.context.checkpoint_saved()
+        took = time.monotonic() - began
+        self.due_at = time.monotonic() + max(PAUSE, 20 * took)

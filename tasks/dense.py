@@ -52,7 +52,9 @@ def resolve(params: Params) -> str:
     if kind == "models":
         from tasks import registry  # MLflow takes seconds to import
 
-        return TRAINED if _is_to_train(section) else registry.resolve(section.source)
+        # On other images a digits model would be nonsense: then the registry says what it lacks.
+        is_digits = params.calibration.source == "digits"
+        return TRAINED if is_digits and _is_to_train(section) else registry.resolve(section.source)
     if kind == "bundle":
         return bundle.digest(name)
     if kind == "timm":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from heal import bundle, cost
 from heal.evaluation import agreement, predict, top1
+from heal.progress import Report
 from tasks import artifacts, models
 from tasks.images import load_evaluation
 
@@ -30,11 +31,10 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     images = load_evaluation(section, preprocessing, progress, inputs["calibration"])
     measured: dict[str, Any] = {}
     logits: dict[str, Tensor] = {}
-    for done, (name, network) in enumerate(networks.items(), start=1):
-        logits[name] = predict(network, images.array, section.batch_size)
+    for name, network in networks.items():
+        logits[name] = predict(network, images.array, section.batch_size, _named(name, progress))
         measured[name] = _quality(logits[name], logits["dense"], images.labels)
         measured[name] |= _size(network, folders[name], images.array.shape[1:])
-        progress.report("evaluation", done, len(networks))
     timings = _latencies({name: networks[name] for name in section.latency_models if name in networks}, images, params)
     for name, timing in timings.items():
         measured[name]["latency"] = timing
@@ -56,6 +56,10 @@ def candidates(inputs: Mapping[str, Path]) -> dict[str, Path]:
     for report in reports[:-1]:
         between[f"after {report['method']}"] = inputs["healing"] / "after" / report["method"]
     return {"dense": inputs["dense"], "pruned": inputs["pruning"], **between, "healed": inputs["healing"]}
+
+
+def _named(name: str, progress: Progress) -> Report:
+    return lambda _, done, total: progress.report(name, done, total)
 
 
 def _quality(logits: Tensor, dense: Tensor, labels: Tensor | None) -> dict[str, float | None]:

@@ -127,7 +127,9 @@ def measure(
     if champion is not None and labels is not None:
         folders[CHAMPION] = registry.fetch_bundle(f"models:/{name}/{champion}")
     networks = {who: bundle.load(folder, allow_adapters) for who, folder in folders.items()}
-    logits = {who: predict(network, images) for who, network in networks.items()}
+    # At first the champion is the dense model itself: nothing answers twice.
+    answers = {folder: predict(networks[who], images) for folder, who in {f: w for w, f in folders.items()}.items()}
+    logits = {who: answers[folder] for who, folder in folders.items()}
     shares = {} if labels is None else {f"{who}_top1": top1(values, labels) for who, values in logits.items()}
     batch = next(iter(Replay(images, LATENCY_BATCH)))
     return Measured(

@@ -175,15 +175,6 @@ def complete_versions(name: str) -> list[Version]:
     return sorted(found, key=lambda version: int(version.version))
 
 
-def referenced_digests() -> set[str]:
-    """The artifacts of the store that registered versions came from; none where there is no registry."""
-    if not mlflow_store.exists(tracking_uri()):
-        return set()
-    names = [model.name for model in client().search_registered_models(max_results=1000)]
-    noted = (version.tags.get(ARTIFACTS, "{}") for name in names for version in complete_versions(name))
-    return {digest for tag in noted for digest in json.loads(tag).values()}
-
-
 def referenced_artifacts() -> set[str]:
     """The store's artifacts that a finished version of any model was made from."""
     if not mlflow_store.exists(tracking_uri()):

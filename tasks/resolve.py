@@ -17,7 +17,9 @@ def resolve(params: Params) -> dict[str, str]:
 
     Raises InputError subclasses when something named is not there.
     """
-    from tasks import data, dense  # here, because a help text or a list of stages should not wait for them
+    # Here, because a help text or a list of stages should not wait for them.
+    import tasks.dense as dense
+    from tasks import data
 
     found = {"dense.source": dense.resolve(params)}
     for key, source in (("calibration", params.calibration.source), ("evaluation", params.evaluation.source)):

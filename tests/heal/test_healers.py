@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from heal import masking
+from heal import masking, training
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.uniform import Uniform
 from heal.errors import NumericalError
@@ -186,7 +187,11 @@ def test_same_seed_same_bits_and_another_seed_another_order() -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_resumed_training_ends_in_the_same_bits(stop_after: int, tmp_path: Path) -> None:
+def test_a_resumed_training_ends_in_the_same_bits(
+    stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "PAUSE", 0.0)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: 0.0))  # a checkpoint after every step
     model, images = nets.build("vit"), nets.images(12)
     method = Starfish(epochs=2, batch_size=4)
 
@@ -195,7 +200,7 @@ def test_a_resumed_training_ends_in_the_same_bits(stop_after: int, tmp_path: Pat
             if stop is not None and done == stop + 1:
                 raise KeyboardInterrupt
 
-        return HealContext({}, pruned, checkpoints=tmp_path, checkpoint_seconds=0.0, report=report)
+        return HealContext({}, pruned, checkpoints=tmp_path, report=report)
 
     undisturbed, pruned, _ = _pruned(model, images, "mask")
     expected = method.heal(undisturbed, model, images, HealContext({}, pruned))

@@ -39,7 +39,7 @@ def inputs(tmp_path: Path, bundles: dict[str, Path]) -> dict[str, Path]:
         name: {"top1": 0.9, "agreement": 1.0, **size, "latency": timing} for name in ("dense", "after closed_form")
     }
     models["healed"] = {"top1": None, "agreement": 0.8, **size}
-    reports = [{"method": "closed_form", "params": {"ridge": 0.1}, "losses": []}]
+    reports: list[dict[str, Any]] = [{"method": "closed_form", "params": {"ridge": 0.1}, "losses": []}]
     reports.append({"method": "starfish", "params": {"lr": 6e-4, "steps": 1499}, "losses": LOSSES})
     contents: dict[str, Any] = {
         "dense/dense.json": {"source": "timm:vit"},
@@ -97,6 +97,7 @@ def test_the_run_tells_what_made_it(home: Path, declared: Params, inputs: dict[s
     assert "healed/top1" not in found.data.metrics
     curve = registry.client().get_metric_history(found.info.run_id, "healing/starfish/loss")
     assert [point.value for point in sorted(curve, key=lambda point: point.step)] == LOSSES
+    assert found.inputs is not None
     (data,) = found.inputs.dataset_inputs
     assert (data.dataset.name, data.tags[0].value) == ("digits", "calibration")
     kept = {path.name: path for path in state.mlflow_artifacts().rglob("*.*") if "models" not in path.parts}
@@ -108,7 +109,7 @@ def test_the_version_names_its_parents(home: Path, declared: Params, inputs: dic
     tags = registry.version_of(run(declared, inputs, tmp_path)["model_uri"]).tags
     assert (tags["regrow.parent"], tags["regrow.calibration"], tags["regrow.licence"]) == ("d" * 64, "c" * 64, "MIT")
     assert json.loads(tags["regrow.artifacts"]).keys() == inputs.keys()
-    assert registry.referenced_digests() == set(json.loads(tags["regrow.artifacts"]).values())
+    assert registry.referenced_artifacts() == set(json.loads(tags["regrow.artifacts"]).values())
 
 
 def test_again_is_the_same_version_and_the_same_run(

@@ -52,7 +52,7 @@ def test_a_variable_names_another_address(monkeypatch: pytest.MonkeyPatch) -> No
 def test_reading_makes_no_registry() -> None:
     with pytest.raises(InputError, match="there is no registry"):
         registry.resolve(f"models:/{NAME}@dense")
-    assert registry.referenced_digests() == set()
+    assert registry.referenced_artifacts() == set()
     assert not state.home().exists()
 
 
@@ -108,7 +108,7 @@ def test_an_unfinished_version_does_not_exist(home: Path, bundles: dict[str, Pat
 def test_a_version_says_what_its_caller_tagged(home: Path, bundles: dict[str, Path]) -> None:
     tags = {registry.ARTIFACTS: json.dumps({"healing": "abc", "dense": "def"})}
     assert registry.register(bundles["dense"], NAME, tags=tags).tags.items() >= tags.items()
-    assert registry.referenced_digests() == {"abc", "def"}
+    assert registry.referenced_artifacts() == {"abc", "def"}
 
 
 def test_dense_takes_its_alias_and_the_free_place_of_the_champion(home: Path, bundles: dict[str, Path]) -> None:
@@ -133,8 +133,9 @@ def test_a_version_is_logged_in_the_given_run(
 
 def test_without_a_run_one_is_made_and_ended(home: Path, bundles: dict[str, Path]) -> None:
     version = registry.register(bundles["dense"], NAME)
-    run = registry.client().get_run(registry.client().get_model_version(NAME, version.version).run_id)
-    assert run.info.status == "FINISHED"
+    run = registry.client().get_model_version(NAME, version.version).run_id
+    assert run is not None
+    assert registry.client().get_run(run).info.status == "FINISHED"
 
 
 def test_nothing_of_a_version_is_pickled(home: Path, bundles: dict[str, Path]) -> None:

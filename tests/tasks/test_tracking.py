@@ -68,7 +68,9 @@ def test_files_and_data_sets_stay_with_the_run(home: Path, tmp_path: Path) -> No
     (tmp_path / "report.html").write_text("<p>")
     tracking.log_artifact(run, tmp_path / "report.html")
     tracking.log_dataset(run, "digits", digest, "calibration")
-    (found,) = registry.client().get_run(run).inputs.dataset_inputs
+    read = registry.client().get_run(run).inputs
+    assert read is not None
+    (found,) = read.dataset_inputs
     assert digest.startswith(found.dataset.digest)
     assert json.loads(found.dataset.source) == {"digest": digest}
     assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "calibration")]

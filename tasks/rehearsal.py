@@ -1,0 +1,71 @@
+"""What a person got wrong, found before anything starts: sources are opened, methods checked, the budget tried.
+
+The first two stages run into a folder that is thrown away, because only they can find a corrupt
+image or weights that do not fit; the budget is divided on statistics that are all zero, because
+whether it can be met depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from heal.families.lookup import describe
+from heal.method import Statistics, check, taps
+from heal.values import LayerStats
+from tasks import calibration, dense, models
+from tasks.progress import Progress
+from tasks.store import Store
+from tasks.table import STAGES
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+    from tasks.plan import PlannedStage
+
+
+def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) -> None:
+    """Raise the InputError that a run with these params would end in, without writing anything."""
+    with tempfile.TemporaryDirectory(prefix="regrow-rehearsal-") as scratch:
+        inputs = {"dense": _dense(params, planned["dense"], store, Path(scratch))}
+        _refuse_methods(params, models.load(inputs["dense"], params.dense.adapter_allow))
+        if not planned["calibration"].cached:
+            output = _folder(Path(scratch) / "calibration")
+            calibration.run(params.restrict(STAGES["calibration"].params), inputs, output, _silent(Path(scratch)))
+
+
+def _dense(params: Params, planned: PlannedStage, store: Store, scratch: Path) -> Path:
+    if planned.digest is not None:
+        return store.materialise(planned.digest)
+    output = _folder(scratch / "dense")
+    dense.run(params.restrict(STAGES["dense"].params), {}, output, _silent(scratch))
+    return output
+
+
+def _refuse_methods(params: Params, model: nn.Module) -> None:
+    allocator, budget = params.allocator(), params.allocation.budget.build()
+    check(describe(model), budget, allocator, params.pruner(), params.healers())
+    allocator.allocate(model, budget, _zeros(model, taps(describe(model), [allocator])))
+
+
+def _zeros(model: nn.Module, wanted: Mapping[str, bool]) -> Statistics:
+    return {tap: LayerStats(1, torch.zeros(_width(model, tap)), torch.zeros(_width(model, tap))) for tap in wanted}
+
+
+def _width(model: nn.Module, tap: str) -> int:
+    """Channels at a tap of a Linear or a convolution with one group."""
+    name, _, side = tap.rpartition(".")
+    return int(model.get_submodule(name).get_parameter("weight").shape[1 if side == "input" else 0])
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _silent(scratch: Path) -> Progress:
+    return Progress(scratch / "checkpoints")

@@ -1,0 +1,133 @@
+"""The whole road as a user walks it: real processes, Prefect's server, a real SQLite registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.table import STAGES
+from tests.flows.workplace import Workplace
+
+AFTER_HEALING = {"healing", "evaluation", "report", "registration"}
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A workplace in which `regrow run` has run once."""
+    workplace = Workplace.make(tmp_path_factory.mktemp("walked"))
+    finished = workplace.run("run", "--json")
+    assert finished.code == 0, finished.errors
+    assert finished.computed == set(STAGES)
+    return workplace
+
+
+def test_a_second_run_computes_nothing_and_starts_no_server(walked: Workplace) -> None:
+    prefect = walked.home / "prefect" / "prefect.db"
+    before = prefect.stat().st_mtime_ns
+    finished = walked.run("run", "--json")
+    assert finished.code == 0, finished.errors
+    assert finished.computed == set()
+    assert prefect.stat().st_mtime_ns == before
+
+
+def test_prefect_saw_every_stage_and_caches_nothing_itself(walked: Workplace) -> None:
+    with sqlite3.connect(walked.home / "prefect" / "prefect.db") as database:
+        rows = database.execute("select name, state_name, cache_key from task_run").fetchall()
+    assert {name for name, _, _ in rows} >= {*STAGES, "promotion"}
+    assert {state for _, state, _ in rows} <= {"Completed", "Cached"}
+    assert all(key is None for _, _, key in rows)
+
+
+def test_the_champion_is_the_healed_version_and_serves(walked: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from heal import bundle
+    from tasks import registry
+
+    monkeypatch.setenv("REGROW_HOME", str(walked.home))
+    held = registry.aliases("tiny")
+    assert held["champion"] != held["dense"]
+    assert held["previous"] == held["dense"]
+    folder = registry.fetch_bundle("models:/tiny@champion")
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    import torch
+
+    expected = bundle.load(folder)(torch.from_numpy(images)).detach().numpy()
+    np.testing.assert_allclose(registry.answer("models:/tiny@champion", images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_learning_rate_runs_what_depends_on_it_and_says_why(walked: Workplace) -> None:
+    override = ("-S", "healing.starfish.lr=3e-4")
+    planned = walked.run("plan", *override, "--json").facts["stages"]
+    why = {stage["name"]: stage["why"] for stage in planned if not stage["cached"]}
+    assert why.keys() == AFTER_HEALING
+    assert why["healing"] == ["healing.starfish.lr 0.0006 -> 0.0003"]
+    assert "waits for healing" in why["evaluation"]
+    finished = walked.run("run", *override, "--json")
+    assert finished.code == 0, finished.errors
+    assert finished.computed == AFTER_HEALING
+
+
+def test_what_the_flow_computed_dvcs_stages_find_and_the_reverse(walked: Workplace, tmp_path: Path) -> None:
+    found = walked.stage("report")
+    assert found.code == 0, found.errors
+    assert "cached" in found.output
+    reference = json.loads((walked.folder / "data" / "stages" / "healing.json").read_text())
+    other = Workplace.make(tmp_path)
+    computed = other.stage("healing")
+    assert computed.code == 0, computed.errors
+    assert json.loads((other.folder / "data" / "stages" / "healing.json").read_text())["digest"] == reference["digest"]
+    finished = other.run("run", "--json")
+    assert finished.computed == {"evaluation", "report", "registration"}
+
+
+def test_history_and_rollback(walked: Workplace) -> None:
+    moves = [json.loads(line) for line in walked.run("history", "tiny", "--json").output.splitlines()]
+    assert [move["alias"] for move in moves][:2] == ["dense", "champion"]
+    before = moves[-1]
+    finished = walked.run("rollback", "tiny")
+    assert finished.code == 0, finished.errors
+    after = [json.loads(line) for line in walked.run("history", "tiny", "--json").output.splitlines()]
+    assert len(after) > len(moves)
+    assert after[-1]["alias"] == "champion"
+    assert after[-1]["reason"] == "rolled back"
+    assert before["alias"] != "champion" or before["to"] != after[-1]["to"]
+
+
+def test_a_killed_healing_goes_on_and_ends_in_the_same_bits(tmp_path: Path) -> None:
+    undisturbed, killed = Workplace.make(tmp_path / "a"), Workplace.make(tmp_path / "b")
+    for workplace in (undisturbed, killed):
+        params = (workplace.folder / "params.yaml").read_text()
+        (workplace.folder / "params.yaml").write_text(params.replace("epochs: 2", "epochs: 400"))
+    assert undisturbed.stage("healing").code == 0
+    process = killed.start("tasks", "healing")
+    _wait_for_checkpoint(killed.home)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = killed.stage("healing")
+    assert again.code == 0, again.errors
+    assert "resuming after step" in again.errors
+    assert "pruning" not in again.output + again.errors
+    digests = [
+        json.loads((workplace.folder / "data/stages/healing.json").read_text())["digest"]
+        for workplace in (undisturbed, killed)
+    ]
+    assert digests[0] == digests[1]
+    assert (killed.folder / "data/healed/weights.safetensors").read_bytes() == (
+        undisturbed.folder / "data/healed/weights.safetensors"
+    ).read_bytes()
+
+
+def _wait_for_checkpoint(home: Path, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if list(home.glob("work/*/checkpoints/1-starfish/starfish.safetensors")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint in {os.fspath(home)} after {seconds} s")
