@@ -16,6 +16,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "agg",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "OMP_NUM_THREADS": "1",  # also for the processes that tests start
 }
 FOREIGN = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "PREFECT_API_URL", "PREFECT_PROFILE", "REGROW_STORE")
