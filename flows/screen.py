@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks.progress import ProgressFactory, fitting, plain, quiet
+from tasks.progress import ProgressFactory, detailed, fitting, quiet
 
 Output = Literal["auto", "plain", "json"]
 
@@ -16,8 +16,8 @@ Output = Literal["auto", "plain", "json"]
 class Screen:
     """Writes lines as they happen; with `json`, one object at the end and nothing else."""
 
-    def __init__(self, output: Output = "auto", verbose: bool = False) -> None:
-        self.output, self.verbose = output, verbose
+    def __init__(self, output: Output = "auto") -> None:
+        self.output = output
         self.facts: dict[str, Any] = {"stages": {}}
 
     @property
@@ -25,7 +25,7 @@ class Screen:
         """How a stage shows that it lives."""
         if self.output == "json":
             return quiet
-        return plain if self.verbose else fitting
+        return detailed if self.output == "plain" else fitting
 
     def say(self, line: str = "") -> None:
         """One line for a person."""

@@ -19,6 +19,8 @@ class Display(Protocol):
 
     def log(self, message: str) -> None: ...
 
+    def warn(self, message: str) -> None: ...
+
     def show(self, description: str, done: int, total: int) -> None: ...
 
     def close(self) -> None: ...
@@ -41,13 +43,13 @@ class Progress:
         self.fallbacks: list[str] = []
 
     def log(self, message: str) -> None:
-        """One line for a person."""
+        """A detail: one line for a person who asked for more."""
         self.display.log(message)
 
     def fallback(self, message: str) -> None:
         """One line for a person and for the manifest: a choice the stage made in place of what was asked."""
         self.fallbacks.append(message)
-        self.display.log(message)
+        self.display.warn(message)
 
     def report(self, description: str, done: int, total: int) -> None:
         """`done` of `total` steps are over; the signature that methods of heal call."""
@@ -85,19 +87,14 @@ def quiet(stage: str, checkpoints: Path) -> Progress:
     return Progress(checkpoints)
 
 
-def plain(stage: str, checkpoints: Path) -> Progress:
-    """Plain lines on stderr."""
-    return Progress(checkpoints, Lines(stage))
-
-
-def bar(stage: str, checkpoints: Path) -> Progress:
-    """One bar on the terminal."""
-    return Progress(checkpoints, Bar(stage))
+def detailed(stage: str, checkpoints: Path) -> Progress:
+    """Plain lines on stderr, with the details."""
+    return Progress(checkpoints, Lines(stage, details=True))
 
 
 def fitting(stage: str, checkpoints: Path) -> Progress:
-    """A bar on a terminal, lines elsewhere."""
-    return (bar if sys.stderr.isatty() else plain)(stage, checkpoints)
+    """One bar on a terminal, plain lines elsewhere; no details."""
+    return Progress(checkpoints, Bar(stage) if sys.stderr.isatty() else Lines(stage))
 
 
 class Quiet:
@@ -105,6 +102,9 @@ class Quiet:
 
     def log(self, message: str) -> None:
         """Nothing."""
+
+    def warn(self, message: str) -> None:
+        """Nothing: the manifest has it."""
 
     def show(self, description: str, done: int, total: int) -> None:
         """Nothing."""
@@ -114,15 +114,18 @@ class Quiet:
 
 
 class Lines:
-    """Plain lines: the first, the last, and one every `seconds` between them."""
+    """Plain lines on stderr: one every `seconds`; with `details`, also what the stage logs."""
 
-    def __init__(self, stage: str, seconds: float = 10.0) -> None:
-        self.stage = stage
-        self.seconds = seconds
-        self._description = ""
-        self._last = 0.0
+    def __init__(self, stage: str, seconds: float = 10.0, details: bool = False) -> None:
+        self.stage, self.seconds, self.details = stage, seconds, details
+        self._last = time.monotonic()
 
     def log(self, message: str) -> None:
+        """A line, if details are wanted."""
+        if self.details:
+            self.warn(message)
+
+    def warn(self, message: str) -> None:
         """One line on stderr; stdout belongs to results."""
         sys.stderr.write(f"{self.stage:<12} {message}\n")
         sys.stderr.flush()
@@ -130,9 +133,9 @@ class Lines:
     def show(self, description: str, done: int, total: int) -> None:
         """A line, if one is due."""
         now = time.monotonic()
-        if description != self._description or done >= total or now - self._last >= self.seconds:
-            self._description, self._last = description, now
-            self.log(f"{description} {done}/{total}")
+        if now - self._last >= self.seconds:
+            self._last = now
+            self.warn(f"{description} {done}/{total}")
 
     def close(self) -> None:
         """Nothing to take down."""
@@ -147,6 +150,9 @@ class Bar:
         self._tasks: dict[str, TaskID] = {}
 
     def log(self, message: str) -> None:
+        """Nothing: a bar is for people who did not ask for details."""
+
+    def warn(self, message: str) -> None:
         """One line above the bar."""
         self._live().console.print(f"{self.stage:<12} {message}", markup=False, highlight=False)
 

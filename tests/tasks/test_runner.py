@@ -289,6 +289,7 @@ def test_a_reference_is_plain_json(store: Store, toy_log: Log) -> None:
 TALKS = """
 def run(params, inputs, output, progress):
     progress.log("begins")
+    progress.fallback("takes another way")
     with progress.track("images", 4) as advance:
         advance(1)
         advance(3)
@@ -302,9 +303,18 @@ def test_plain_progress_writes_few_lines_on_stderr(
     store: Store, toy_log: Log, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy.write(tmp_path, first=TALKS)
-    run_first(store, progress_factory=progress.plain)
-    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
-    assert lines == [["first", *rest] for rest in (["begins"], ["images", "0/4"], ["images", "4/4"], ["steps", "1/2"])]
+    run_first(store, progress_factory=lambda stage, folder: Progress(folder, Lines(stage, seconds=0)))
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines()]
+    said = ("takes another way", "images 0/4", "images 1/4", "images 4/4", "steps 1/2")
+    assert lines == [["first", line] for line in said]
+
+
+def test_details_are_for_those_who_ask(
+    store: Store, toy_log: Log, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy.write(tmp_path, first=TALKS)
+    run_first(store, progress_factory=progress.detailed)
+    assert capsys.readouterr().err.splitlines() == [f"{'first':<12} begins", f"{'first':<12} takes another way"]
 
 
 def test_a_terminal_shows_a_bar_that_is_taken_down(
@@ -314,12 +324,13 @@ def test_a_terminal_shows_a_bar_that_is_taken_down(
     made: list[Progress] = []
 
     def factory(stage: str, checkpoints: Path) -> Progress:
-        made.append(progress.bar(stage, checkpoints))
+        made.append(Progress(checkpoints, Bar(stage)))
         return made[0]
 
     run_first(store, progress_factory=factory)
     assert isinstance(made[0].display, Bar) and made[0].display._rich is None
-    assert "begins" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "takes another way" in said and "begins" not in said
     assert isinstance(progress.fitting("first", tmp_path).display, Lines), "stderr is no terminal here"
 
 
