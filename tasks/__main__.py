@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from heal.errors import HealError, InputError
+from tasks import bootstrap
 from tasks.keys import Resolved
 from tasks.params import load
 from tasks.progress import fitting
@@ -49,11 +50,14 @@ def _run(stage: str, path: Path | None, overrides: Sequence[str]) -> Ref:
         path = PARAMS
     params = load(path, overrides)
 
+    store = Store()
+
     @cache
     def resolved() -> Resolved:
+        if bootstrap.is_needed(params):
+            bootstrap.train_dense(params, store, fitting)
         return resolve(params)
 
-    store = Store()
     ref = References(params, store, resolved, fitting).run(stage)
     if stage == "healing":
         put(store.materialise(ref.digest) / "bundle", HEALED)
