@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -101,7 +102,9 @@ def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> 
 def _computed(file: Path | None, overrides: list[str], output: Output, screen: Screen) -> Decision:
     from flows.recompress import recompress
 
-    state.prefect_home().mkdir(parents=True, exist_ok=True)  # Prefect's server dies without a word when it is missing
+    Path(os.environ.get("PREFECT_HOME") or state.prefect_home()).mkdir(
+        parents=True, exist_ok=True
+    )  # Prefect's server dies without a word when it is missing
     outcome = recompress(None if file is None else str(file), overrides, output)
     for name, ref in outcome.references.items():
         screen.remember(name, ref.cached, ref.seconds, ref.metrics)

@@ -26,6 +26,8 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     calibration = artifacts.read_json(inputs["calibration"] / "calibration.json")
     pruned = artifacts.load_pruned(inputs["pruning"])
     statistics = artifacts.load_statistics(inputs["activations"])
+    if any(progress.checkpoints.glob("*/*.safetensors")):
+        progress.say("goes on from the checkpoint of an attempt that was cut off")
     reports = []
     for number, (name, healer) in enumerate(zip(section.methods, params.healers(), strict=True)):
         context = HealContext(

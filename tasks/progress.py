@@ -19,7 +19,7 @@ class Display(Protocol):
 
     def log(self, message: str) -> None: ...
 
-    def warn(self, message: str) -> None: ...
+    def say(self, message: str) -> None: ...
 
     def show(self, description: str, done: int, total: int) -> None: ...
 
@@ -46,10 +46,14 @@ class Progress:
         """A detail: one line for a person who asked for more."""
         self.display.log(message)
 
+    def say(self, message: str) -> None:
+        """One line that everybody sees."""
+        self.display.say(message)
+
     def fallback(self, message: str) -> None:
         """One line for a person and for the manifest: a choice the stage made in place of what was asked."""
         self.fallbacks.append(message)
-        self.display.warn(message)
+        self.display.say(message)
 
     def report(self, description: str, done: int, total: int) -> None:
         """`done` of `total` steps are over; the signature that methods of heal call."""
@@ -103,7 +107,7 @@ class Quiet:
     def log(self, message: str) -> None:
         """Nothing."""
 
-    def warn(self, message: str) -> None:
+    def say(self, message: str) -> None:
         """Nothing: the manifest has it."""
 
     def show(self, description: str, done: int, total: int) -> None:
@@ -123,9 +127,9 @@ class Lines:
     def log(self, message: str) -> None:
         """A line, if details are wanted."""
         if self.details:
-            self.warn(message)
+            self.say(message)
 
-    def warn(self, message: str) -> None:
+    def say(self, message: str) -> None:
         """One line on stderr; stdout belongs to results."""
         sys.stderr.write(f"{self.stage:<12} {message}\n")
         sys.stderr.flush()
@@ -135,7 +139,7 @@ class Lines:
         now = time.monotonic()
         if now - self._last >= self.seconds:
             self._last = now
-            self.warn(f"{description} {done}/{total}")
+            self.say(f"{description} {done}/{total}")
 
     def close(self) -> None:
         """Nothing to take down."""
@@ -152,7 +156,7 @@ class Bar:
     def log(self, message: str) -> None:
         """Nothing: a bar is for people who did not ask for details."""
 
-    def warn(self, message: str) -> None:
+    def say(self, message: str) -> None:
         """One line above the bar."""
         self._live().console.print(f"{self.stage:<12} {message}", markup=False, highlight=False)
 

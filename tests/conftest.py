@@ -39,6 +39,16 @@ def _one_thread_and_a_state_folder(tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(autouse=True)
+def _environment_restored() -> Iterator[None]:
+    """The command line sets variables for the libraries below it; the next test must not inherit them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _own_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has its own state folder."""
     monkeypatch.setenv("REGROW_HOME", str(tmp_path / ".regrow"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +98,42 @@ def test_the_readme_compresses_a_network(workplace: Path, monkeypatch: pytest.Mo
     assert torch.equal(again(names["images"]), names["result"].model(names["images"]))
     widths = [names["result"].model.get_submodule(f"blocks.{index}.mlp.fc1").out_features for index in range(2)]
     assert sum(widths) == 2 * 128 // 2
+
+
+def test_the_readmes_python_needs_no_pipeline(workplace: Path) -> None:
+    """The same text in an interpreter in which nothing of the pipeline can be imported."""
+    (workplace / "photos").mkdir()
+    for index in range(4):
+        Image.new("RGB", (240, 240), (60 * index, 100, 200 - 30 * index)).save(workplace / "photos" / f"{index}.jpg")
+    blocked = [
+        "prefect",
+        "mlflow",
+        "dvc",
+        "datasets",
+        "pydantic",
+        "pandas",
+        "sklearn",
+        "typer",
+        "rich",
+        "tasks",
+        "flows",
+    ]
+    before = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked}))
+from heal.compat import timm
+make = timm.create_model
+small = dict(embed_dim=32, depth=2, num_heads=2, num_classes=10)
+timm.create_model = lambda name, pretrained=False, **given: make(name, **(small if pretrained else given))
+"""
+    text = "\n".join(
+        [before, *blocks(ROOT / "README.md", "python"), "assert heal.load('bundle/')(images).shape == (4, 10)"]
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=workplace, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def _without_download(make: Any) -> Any:

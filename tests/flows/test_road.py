@@ -112,7 +112,7 @@ def test_a_killed_healing_goes_on_and_ends_in_the_same_bits(tmp_path: Path) -> N
     process.wait()
     again = killed.stage("healing")
     assert again.code == 0, again.errors
-    assert "resuming after step" in again.errors
+    assert "goes on from the checkpoint" in again.errors
     assert "pruning" not in again.output + again.errors
     digests = [
         json.loads((workplace.folder / "data/stages/healing.json").read_text())["digest"]

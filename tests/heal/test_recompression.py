@@ -1,0 +1,103 @@
+"""The face of the library: one call, every family, and refusals before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import heal
+from heal import cost, masking
+from heal.errors import ArchitectureError, MethodError, WeightsError
+from heal.families.lookup import describe
+from heal.healers.starfish import Starfish
+from heal.surgery import widths
+from heal.values import ChannelCut, Mask
+from tests.heal import nets
+
+WITH_PAIRS = ["vit", "deit", "swin", "swinv2", "convnext"]
+QUICK = Starfish(epochs=1, batch_size=4)
+
+
+@pytest.mark.parametrize("name", WITH_PAIRS)
+def test_half_of_the_neurons_go_and_the_model_is_smaller(name: str) -> None:
+    model, images = nets.build(name), nets.images(8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = heal.recompress(model, images, heal.Budget(neurons=0.5), healers=["closed_form", QUICK])
+    pairs = [pair.producer for pair in describe(model).pairs]
+    dense, cut = widths(model), widths(result.model)
+    total = sum(dense[pair] for pair in pairs)
+    assert sum(cut[pair] for pair in pairs) == int(0.5 * total + 0.5)
+    assert cost.parameters(result.model) < cost.parameters(model)
+    assert isinstance(result.pruned, ChannelCut)
+    assert len(result.report.cuts) == len(pairs)
+    assert [report.method for report in result.report.healing] == ["closed_form", "starfish"]
+    assert not result.model.training
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", list(nets.NETS))
+def test_three_quarters_of_the_weights_go_in_every_family(name: str) -> None:
+    model, images = nets.build(name), nets.images(8)
+    result = heal.recompress(model, images, heal.Budget(weights=0.75), "uniform", "magnitude", [QUICK])
+    assert isinstance(result.pruned, Mask)
+    assert result.pruned.zeros == result.pruned.total - int(0.25 * result.pruned.total + 0.5)
+    assert masking.holds(result.model, result.pruned)
+
+
+def test_batches_do_as_well_as_a_tensor() -> None:
+    model, images = nets.build("vit"), nets.images(8)
+    batches = list(images.split(4))
+    result = heal.recompress(model, batches, heal.Budget(neurons=0.25), healers=["closed_form", QUICK])
+    assert cost.parameters(result.model) < cost.parameters(model)
+
+
+def test_nothing_pruned_and_nothing_healed_is_the_dense_model() -> None:
+    model, images = nets.build("resnet"), nets.images(2)
+    result = heal.recompress(model, images, heal.Budget(weights=0.0), "uniform", "none", ["none"])
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), model.parameters(), strict=True))
+
+
+def test_an_unknown_method_names_its_neighbour() -> None:
+    with pytest.raises(MethodError, match="did you mean 'variance'"):
+        heal.recompress(nets.build("vit"), nets.images(), heal.Budget(neurons=0.5), pruner="varience")
+
+
+@pytest.mark.parametrize(
+    ("budget", "allocator", "pruner", "healers", "reason"),
+    [
+        (heal.Budget(weights=0.5), "global_variance", "magnitude", [], "allocator global_variance works on neurons"),
+        (heal.Budget(neurons=0.5), "global_variance", "magnitude", [], "pruner magnitude works on weights"),
+        (heal.Budget(weights=0.5), "uniform", "magnitude", ["closed_form"], "healer closed_form works on neurons"),
+    ],
+)
+def test_a_combination_that_makes_no_sense_is_refused(
+    budget: heal.Budget, allocator: str, pruner: str, healers: list[str], reason: str
+) -> None:
+    with pytest.raises(MethodError, match=reason):
+        heal.recompress(nets.build("vit"), nets.images(), budget, allocator, pruner, healers)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenetv2", "efficientnet"])
+def test_neurons_of_a_network_without_pairs_are_refused(name: str) -> None:
+    with pytest.raises(ArchitectureError, match="weights"):
+        heal.recompress(nets.build(name), nets.images(), heal.Budget(neurons=0.5))
+
+
+def test_a_network_that_nobody_knows_is_masked_but_not_cut() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 30 * 30, 10)).eval()
+    result = heal.recompress(model, nets.images(), heal.Budget(weights=0.5), "uniform", "magnitude", ["none"])
+    assert isinstance(result.pruned, Mask)
+    with pytest.raises(ArchitectureError, match="weights"):
+        heal.recompress(model, nets.images(), heal.Budget(neurons=0.5), healers=["closed_form"])
+    with pytest.raises(ArchitectureError, match="names no blocks"):
+        heal.recompress(model, nets.images(), heal.Budget(weights=0.5), "uniform", "magnitude", ["starfish"])
+
+
+def test_broken_weights_are_named() -> None:
+    model = nets.build("vit")
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.fc1.weight")[0, 0] = torch.nan
+    with pytest.raises(WeightsError, match=r"blocks\.1\.mlp\.fc1\.weight"):
+        heal.recompress(model, nets.images(), heal.Budget(neurons=0.5))
