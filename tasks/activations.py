@@ -9,7 +9,7 @@ from heal.families.lookup import describe
 from heal.method import taps
 from heal.statistics import capture
 from tasks import artifacts, models
-from tasks.images import load_calibration
+from tasks.image_array import load_calibration
 
 if TYPE_CHECKING:
     from tasks.params import Params

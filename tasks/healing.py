@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from heal.method import HealContext
 from tasks import artifacts, models
-from tasks.images import load_calibration
+from tasks.image_array import load_calibration
 
 if TYPE_CHECKING:
     from tasks.params import Params
