@@ -46,10 +46,10 @@ static: $(STAMP)
 	$(BIN)/lint-imports
 
 check: static
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" tests/heal tests/test_house.py
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" tests/heal tests/test_house.py
 
 test: static
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 golden: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

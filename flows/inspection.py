@@ -73,12 +73,12 @@ def history(name: str | None, output_json: bool) -> int:
 
 def doctor() -> int:
     """Close the MLflow runs of dead processes, and say what is there."""
-    from tasks import registry, tracking
+    from tasks import mlflow_store, registry, tracking
 
     screen = Screen("plain")
     screen.say(f"state    {state.home()}")
     screen.say(f"store    {Store().url}")
-    screen.say(f"registry {registry.tracking_uri()}")
+    screen.say(f"registry {mlflow_store.public(registry.tracking_uri())}")
     for run in tracking.close_dead_runs():
         screen.say(f"closed   run {run.run_id}: its process {run.pid} is gone")
     for work in sorted((state.home() / "work").glob("*/checkpoints")):
@@ -91,9 +91,14 @@ def ui(port: int) -> int:
     """Serve MLflow on the loopback until interrupted."""
     from tasks import mlflow_store, registry
 
-    mlflow_store.ready(registry.tracking_uri())
+    uri = registry.tracking_uri()
+    if uri.startswith("http"):
+        sys.stdout.write(f"a server has the registry: open {mlflow_store.public(uri)}\n")
+        return 0
+    mlflow_store.ready(uri)
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    stored = ["--backend-store-uri", registry.tracking_uri(), "--default-artifact-root", str(state.mlflow_artifacts())]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument: those are in everybody's process list
+    stored = ["--default-artifact-root", str(state.mlflow_artifacts())]
     sys.stdout.write(f"http://127.0.0.1:{port}   (Ctrl-C ends it)\n")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *address, *stored])

@@ -88,6 +88,7 @@ class HealingReport:
 
 def check(family: Family, budget: Budget, allocator: Allocator, pruner: Pruner, healers: Iterable[Healer]) -> None:
     """Refuse a combination that makes no sense, with the reason. Raises MethodError, ArchitectureError."""
+    healers = list(healers)
     methods: list[tuple[str, Allocator | Pruner | Healer]] = [("allocator", allocator), ("pruner", pruner)]
     methods += [("healer", healer) for healer in healers]
     for kind, method in methods:
@@ -102,6 +103,17 @@ def check(family: Family, budget: Budget, allocator: Allocator, pruner: Pruner, 
                 "choose another, or bring a family table"
             )
     refuse_unit(family, budget)
+    _refuse_order([name_of(healer) for healer in healers], name_of(pruner))
+
+
+def _refuse_order(healers: list[str], pruner: str) -> None:
+    if pruner == "none" and set(healers) - {"none"}:
+        raise MethodError(f"pruner none leaves nothing to heal, but healers are {', '.join(healers)}; name only none")
+    if "closed_form" in healers[1:]:
+        raise MethodError(
+            f"healers {', '.join(healers)}: closed_form solves from the dense weights and would undo what came before "
+            "it; put it first"
+        )
 
 
 def refuse_unit(family: Family, budget: Budget) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from heal.errors import NumericalError
+from heal.errors import ImagesError, NumericalError
 from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array
 from heal.modes import evaluating, listening
@@ -85,12 +85,16 @@ class TeacherStates:
         self.cache_bytes, self.spill_bytes, self.log = cache_bytes, spill_bytes, log
         self.buffer: Tensor | None = None
         self.places: dict[tuple[int, str], tuple[int, torch.Size]] = {}
+        self.seen: dict[int, float] = {}
         self.used = 0
         self.where = ""
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def of(self, index: int, batch: Tensor) -> dict[str, Tensor]:
-        """Unit rows [r, d] of every block for batch number `index`, float32 on the batch's device."""
+        """Unit rows [r, d] of every block for batch number `index`, float32 on the batch's device.
+
+        Raises ImagesError when the batch is not the one that had this number before.
+        """
+        self._refuse_another(index, batch)
         if (index, self.family.blocks[-1]) not in self.places:
             return self._computed(index, batch)
         assert self.buffer is not None
@@ -100,11 +104,18 @@ class TeacherStates:
             states[block] = self.buffer[start : start + shape.numel()].view(shape).to(batch.device).float()
         return states
 
+    def _refuse_another(self, index: int, batch: Tensor) -> None:
+        """A loader that shuffles or augments would be compared with the states of other images."""
+        fingerprint = float(batch.double().sum())
+        if self.seen.setdefault(index, fingerprint) != fingerprint:
+            raise ImagesError(
+                f"images: batch {index} is not the one of the first epoch; healing replays batches in one order: "
+                "pass shuffle=False and no augmentation, or one tensor"
+            )
+
     def close(self) -> None:
         """Let go of memory and of the spill file."""
         self.buffer = None
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def _computed(self, index: int, batch: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(), block_outputs(self.teacher, self.family.blocks) as outputs:
@@ -123,10 +134,10 @@ class TeacherStates:
         numbers = math.ceil(numbers_per_image * _count(self.replay))
         if 2 * numbers <= self.cache_bytes:
             self.buffer, self.where = torch.empty(numbers, dtype=torch.float16), "in memory"
-        elif 2 * numbers <= self.spill_bytes:
-            self._folder = tempfile.TemporaryDirectory(prefix="regrow-teacher-")
-            path = Path(self._folder.name) / "states.bin"
-            self.buffer = torch.from_file(str(path), shared=True, size=numbers, dtype=torch.float16)
+        elif 2 * numbers <= min(self.spill_bytes, 0.8 * shutil.disk_usage(tempfile.gettempdir()).free):
+            with tempfile.NamedTemporaryFile(prefix="regrow-teacher-") as file:
+                # Nameless when this returns: a killed process leaves nothing behind.
+                self.buffer = torch.from_file(file.name, shared=True, size=numbers, dtype=torch.float16)
             self.where = "in a memory-mapped file"
         else:
             self.where = "nowhere: computed again each step"

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,8 @@ from heal.values import Mask
 PAUSE = 2.0
 """Seconds between checkpoints, at least."""
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 Loss = Callable[[int, Tensor], Tensor]
 """(number of the batch, images [b, c, h, w]) -> scalar, float32."""
 
@@ -41,7 +43,7 @@ class Schedule:
     epochs: int
     lr: float
     min_lr: float
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -73,19 +75,21 @@ def fit(
     parameters = list(trainable.values())
     optimiser = torch.optim.Adam(parameters, lr=schedule.lr, foreach=False)
     keep = {} if mask is None else _on_device(mask, trainable)
+    device = parameters[0].device
+    schedule = replace(schedule, precision=_precision(device, schedule.precision))
+    context.log(f"precision: {schedule.precision} on {device.type}")
     checkpoint = _Checkpoint(context, name, schedule, trainable, optimiser)
     losses = checkpoint.restore()
     batches = len(replay)
     steps = schedule.epochs * batches
-    autocast = _autocast(parameters[0].device, schedule.precision, context.log)
     with evaluating(student), training_only(student, frozenset(trainable)):
         while len(losses) < steps:
             first = len(losses) % batches
             for index, batch in enumerate(replay.starting_at(first), start=first):
                 for group in optimiser.param_groups:
                     group["lr"] = schedule.lr_at(len(losses), steps)
-                with autocast():
-                    value = loss(index, batch.to(parameters[0].device))
+                with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
+                    value = loss(index, batch.to(device))
                 losses.append(_finite(value, name, len(losses)))
                 value.backward()  # type: ignore[no-untyped-call]
                 _step(optimiser, trainable, keep)
@@ -118,12 +122,11 @@ def _on_device(mask: Mask, trainable: Mapping[str, nn.Parameter]) -> dict[str, T
     return {name: keep.to(trainable[name]) for name, keep in names.items() if name in trainable}
 
 
-def _autocast(device: torch.device, precision: str, log: Callable[[str], None]) -> Callable[[], torch.autocast]:
+def _precision(device: torch.device, wanted: Precision) -> Precision:
     """bfloat16 where the hardware multiplies it natively, else float32 (emulation is 20 times slower)."""
-    if precision == "auto":
-        precision = "bfloat16" if _multiplies_bfloat16(device) else "float32"
-        log(f"precision: {precision} on {device.type}")
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -146,7 +149,8 @@ class _Checkpoint:
     ) -> None:
         self.path = None if context.checkpoints is None else Path(context.checkpoints) / f"{name}.safetensors"
         self.context, self.trainable, self.optimiser = context, trainable, optimiser
-        self.schedule = json.dumps(asdict(schedule), sort_keys=True)
+        device = next(iter(trainable.values())).device.type
+        self.schedule = json.dumps(asdict(schedule) | {"device": device}, sort_keys=True)
         self.due_at = time.monotonic() + PAUSE
 
     def restore(self) -> list[float]:
@@ -158,7 +162,10 @@ class _Checkpoint:
                 self.context.log(f"checkpoint {self.path.name} is of another schedule: starting anew")
                 return []
             losses = [float(loss) for loss in file.get_tensor("losses")]
+            stored = set(file.keys())
             for name, parameter in self.trainable.items():
+                if f"weight/{name}" not in stored:
+                    continue
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(f"weight/{name}"))
                 self.optimiser.state[parameter] = {
@@ -169,13 +176,17 @@ class _Checkpoint:
         self.context.log(f"resuming after step {len(losses)}")
         return losses
 
+    def _moved(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.trainable.items() if parameter in self.optimiser.state]
+
     def save_if_due(self, losses: list[float]) -> None:
         """Write the file, seldom enough that at most a twentieth of the time goes into it."""
         began = time.monotonic()
         if self.path is None or began < self.due_at:
             return
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-        for name, parameter in self.trainable.items():
+        # A layer after the last block gets no gradient, and Adam keeps nothing of it.
+        for name, parameter in self._moved():
             state = self.optimiser.state[parameter]
             tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
             tensors[f"exp_avg/{name}"] = state["exp_avg"].cpu().contiguous()

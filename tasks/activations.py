@@ -20,7 +20,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     """Capture the union of what the named methods need; an empty artifact when they need nothing."""
     dense = models.load(inputs["dense"], params.dense.adapter_allow)
     wanted = taps(describe(dense), params.methods())
-    images = load_calibration(inputs["calibration"], progress.checkpoints)
+    images = load_calibration(inputs["calibration"], progress.checkpoints.with_name("decoded"))
     batch_size = params.activations.batch_size
     statistics = capture(dense, images, wanted, batch_size, progress.report) if wanted else {}
     artifacts.save_statistics(statistics, output)

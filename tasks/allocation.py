@@ -21,7 +21,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     budget = section.budget.build()
     dense = models.load(inputs["dense"], params.dense.adapter_allow)
     refuse_unit(describe(dense), budget)
-    allocation = allocator.allocate(dense, budget, artifacts.load_statistics(inputs["activations"]))
+    allocation = allocator.allocate(dense, budget, artifacts.load_statistics(inputs["activations"], comoments=False))
     artifacts.save_allocation(allocation, section.method, section.options(section.method), output)
     progress.log(f"keeps {allocation.got} of {sum(allocation.total.values())} {allocation.unit}")
     total = float(sum(allocation.total.values()))

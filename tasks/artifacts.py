@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,9 +37,11 @@ def save_statistics(statistics: Statistics, folder: Path) -> None:
     write_json(folder / "statistics.json", {tap: {"count": stats.count} for tap, stats in statistics.items()})
 
 
-def load_statistics(folder: Path) -> dict[str, LayerStats]:
-    """What `save_statistics` wrote."""
-    tensors = load_file(folder / "statistics.safetensors")
+def load_statistics(folder: Path, comoments: bool = True) -> dict[str, LayerStats]:
+    """What `save_statistics` wrote; without the second moments, which are large, when nobody reads them."""
+    with safe_open(folder / "statistics.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if comoments or not name.endswith("/comoment")]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
     counts = read_json(folder / "statistics.json")
     return {
         tap: LayerStats(entry["count"], tensors[f"{tap}/mean"], tensors[f"{tap}/m2"], tensors.get(f"{tap}/comoment"))

@@ -22,7 +22,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     device = models.device_of(section.device)
     teacher = models.load(inputs["dense"], params.dense.adapter_allow).to(device)
     student = models.load(inputs["pruning"], params.dense.adapter_allow).to(device)
-    images = load_calibration(inputs["calibration"], progress.checkpoints)
+    images = load_calibration(inputs["calibration"], progress.checkpoints.with_name("decoded"))
     calibration = artifacts.read_json(inputs["calibration"] / "calibration.json")
     pruned = artifacts.load_pruned(inputs["pruning"])
     statistics = artifacts.load_statistics(inputs["activations"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,11 @@ def locked(path: Path, seconds: float = 600) -> Iterator[None]:
         lock.release()
 
 
+def public(uri: str) -> str:
+    """An address without the user and password in it, for messages."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def _database(uri: str) -> Path | None:
     """The file of a SQLite address."""
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
@@ -116,7 +122,7 @@ def _reach(uri: str) -> None:
         return  # somebody answers: a gateway in front of the server may know no such page
     except OSError as error:
         raise UnreachableError(
-            f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({error}); start it or correct the address"
+            f"no MLflow server answers at MLFLOW_TRACKING_URI={public(uri)} ({error}); start it or correct the address"
         ) from error
 
 

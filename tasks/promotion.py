@@ -167,8 +167,8 @@ def promote(
             )
         with _moved_back_on_failure(name, held, version):
             move = _crown(name, held, version, "passed the gate", verdict.digest)
-            _remember(name, version, verdict, expect)
             _check_serves(name, images_example)
+            _remember(name, version, verdict, expect)
         if held.get(CHALLENGER) == version:
             registry.set_alias(name, CHALLENGER, None)
     return move

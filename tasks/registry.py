@@ -38,7 +38,6 @@ from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.types import Schema, TensorSpec  # noqa: E402
 
 DIGEST, KEY, COMPLETE, ARTIFACTS = "regrow.digest", "regrow.key", "regrow.complete", "regrow.artifacts"
-ARTIFACTS = "regrow.artifacts"
 DENSE, CHAMPION, CHALLENGER, PREVIOUS = "dense", "champion", "challenger", "previous"
 
 SERVED = Path(__file__).with_name("served_model.py")
@@ -158,7 +157,13 @@ def register(
 
 
 def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()) -> Version:
-    """Register what to compress: the version takes the alias `dense`, and `champion` if nobody has it."""
+    """Register what to compress: the version takes the alias `dense`, and `champion` if nobody has it.
+
+    Raises RegistryError when another model is `dense` already: schedules compress what it names.
+    """
+    from heal import bundle as bundles  # brings torch
+
+    refuse_other_dense(name, bundles.digest(bundle))
     version = register(bundle, name, tags={"regrow.role": "dense"}, allow_adapters=allow_adapters)
     with lock(name):
         held = aliases(name)
@@ -167,6 +172,21 @@ def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()
                 set_alias(name, alias, version.version)
                 ledger.record(name, alias, held.get(alias), version.version, "dense model registered")
     return version
+
+
+def refuse_other_dense(name: str, digest: str) -> None:
+    """Raise RegistryError when the alias `dense` of a model points to another bundle than this."""
+    if not mlflow_store.exists(tracking_uri()):
+        return
+    registered = {model.name for model in client().search_registered_models(max_results=1000)}
+    if name not in registered or DENSE not in aliases(name):
+        return
+    held = version_of(f"models:/{name}@{DENSE}")
+    if held.digest != digest:
+        raise RegistryError(
+            f"{name}@{DENSE} is version {held.version}, another model than dense.source; "
+            f"choose another registration.name, or move the alias {DENSE} by hand first"
+        )
 
 
 def complete_versions(name: str) -> list[Version]:
@@ -354,8 +374,12 @@ def _all_versions(name: str) -> list[ModelVersion]:
 
 
 def _version(found: ModelVersion) -> Version:
-    number = str(found.version)
-    return Version(found.name, number, f"models:/{found.name}/{number}", found.tags[DIGEST], dict(found.tags))
+    number, digest = str(found.version), found.tags[DIGEST]
+    if not re.fullmatch("[0-9a-f]{64}", digest):  # it names a folder here, and anybody can write tags
+        raise RegistryError(
+            f"version {number} of {found.name} has a tag {DIGEST} that is no digest; delete the version"
+        )
+    return Version(found.name, number, f"models:/{found.name}/{number}", digest, dict(found.tags))
 
 
 def _same(version: Version, tags: Mapping[str, str]) -> bool:
@@ -371,4 +395,6 @@ def _missing(kind: str, wanted: str, known: Collection[str], owner: str) -> NoRe
     near = get_close_matches(wanted, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "register one first" if not known else "name one of these"
     listed = ", ".join(sorted(known)) or "none"
-    raise RegistryError(f"the registry {tracking_uri()} has no {kind} {wanted!r} ({owner} has: {listed}); {hint}")
+    raise RegistryError(
+        f"the registry {mlflow_store.public(tracking_uri())} has no {kind} {wanted!r} ({owner} has: {listed}); {hint}"
+    )

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from heal import bundle
+from heal.errors import InputError
 from heal.families.lookup import describe
 from heal.method import Statistics, check, taps
+from heal.naming import nearest
 from heal.values import LayerStats
-from tasks import calibration, dense, models
+from tasks import calibration, dense, models, registry
 from tasks.progress import Progress
 from tasks.store import Store
 from tasks.table import STAGES
@@ -33,6 +36,8 @@ def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) 
     with tempfile.TemporaryDirectory(prefix="regrow-rehearsal-") as scratch:
         inputs = {"dense": _dense(params, planned["dense"], store, Path(scratch))}
         _refuse_methods(params, models.load(inputs["dense"], params.dense.adapter_allow))
+        _refuse_names(params)
+        registry.refuse_other_dense(params.registration.name, bundle.digest(inputs["dense"] / "bundle"))
         if not planned["calibration"].cached:
             output = _folder(Path(scratch) / "calibration")
             calibration.run(params.restrict(STAGES["calibration"].params), inputs, output, _silent(Path(scratch)))
@@ -50,6 +55,13 @@ def _refuse_methods(params: Params, model: nn.Module) -> None:
     allocator, budget = params.allocator(), params.allocation.budget.build()
     check(describe(model), budget, allocator, params.pruner(), params.healers())
     allocator.allocate(model, budget, _zeros(model, taps(describe(model), [allocator])))
+
+
+def _refuse_names(params: Params) -> None:
+    known = ["dense", "pruned", *(f"after {healer}" for healer in params.healing.methods[:-1]), "healed"]
+    for name in params.evaluation.latency_models:
+        if name not in known:
+            raise InputError(f"evaluation.latency_models: there will be no model {name!r}; {nearest(name, known)}")
 
 
 def _zeros(model: nn.Module, wanted: Mapping[str, bool]) -> Statistics:

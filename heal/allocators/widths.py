@@ -37,19 +37,28 @@ def rounded(scores: Mapping[str, Tensor], counts: Mapping[str, int], multiple: i
     """Round widths to a multiple and keep their sum to one.
 
     Every layer is rounded down; what is freed goes back in steps of `multiple` to the layers whose
-    next channels score highest. A total that is no multiple leaves one layer with the remainder.
+    next channels score highest. A remainder (of the total, or of a layer whose own width is no
+    multiple) stays where it fits.
     """
     if multiple == 1:
         return dict(counts)
     ordered = {layer: score.sort(descending=True, stable=True).values for layer, score in scores.items()}
-    widths = {layer: count - count % multiple for layer, count in counts.items()}
-    freed = sum(counts.values()) - sum(widths.values())
-    steps = [multiple] * (freed // multiple) + ([freed % multiple] if freed % multiple else [])
-    for step in steps:
-        fits = [layer for layer in widths if widths[layer] + step <= len(ordered[layer])]
-        best = max(fits, key=lambda layer: float(ordered[layer][widths[layer] : widths[layer] + step].sum()))
-        widths[best] += step
+    widths = {layer: _rounded_down(count, len(ordered[layer]), multiple) for layer, count in counts.items()}
+    while (freed := sum(counts.values()) - sum(widths.values())) > 0:
+        steps = {layer: min(multiple, freed, len(ordered[layer]) - width) for layer, width in widths.items()}
+        # A whole step before a part of one, then the step whose channels score highest.
+        best = max(widths, key=lambda layer: (steps[layer], _worth(ordered[layer], widths[layer], steps[layer])))
+        widths[best] += steps[best]
     return widths
+
+
+def _rounded_down(count: int, total: int, multiple: int) -> int:
+    """A multiple, or all of a layer; never nothing."""
+    return count if count == total else max(count - count % multiple, min(count, multiple))
+
+
+def _worth(ordered: Tensor, width: int, step: int) -> float:
+    return float(ordered[width : width + step].sum())
 
 
 def refuse_if_too_small(kept: int, layers: int, minimum: int, asked: str) -> None:

@@ -47,7 +47,8 @@ class ClosedForm:
 
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Write the solved weights and biases into the student's consumers."""
-        assert isinstance(context.pruned, ChannelCut)
+        if not isinstance(context.pruned, ChannelCut):
+            raise MethodError("closed_form repairs what a cut left; the pruner gave a mask: heal it by starfish")
         began = time.perf_counter()
         before = alignment(student, teacher, images)
         pairs = cuttable_or_raise(teacher).pairs

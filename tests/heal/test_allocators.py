@@ -63,6 +63,17 @@ def test_rounding_keeps_the_sum_and_leaves_one_odd_width_at_most(
     assert all(0 < width <= len(tensors[name]) for name, width in widths.items())
 
 
+@settings(max_examples=200, deadline=None)
+@given(scores=SCORES, share=st.floats(0, 1), multiple=st.integers(1, 30))
+def test_rounding_keeps_the_sum_of_layers_of_any_width(scores: list[list[int]], share: float, multiple: int) -> None:
+    tensors = _tensors(scores)
+    kept = max(len(scores), round(share * sum(len(row) for row in scores)))
+    counts = ranked_globally(tensors, kept, 1)
+    widths = rounded(tensors, counts, multiple)
+    assert sum(widths.values()) == kept
+    assert all(0 < width <= len(tensors[name]) for name, width in widths.items())
+
+
 @pytest.mark.parametrize("name", WITH_PAIRS)
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.73])
 @pytest.mark.parametrize("scope", ["global", "layer"])

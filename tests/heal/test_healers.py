@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from heal import masking, training
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.uniform import Uniform
-from heal.errors import NumericalError
+from heal.errors import ImagesError, NumericalError
 from heal.families.lookup import describe
 from heal.healers.closed_form import ClosedForm, solve
 from heal.healers.starfish import Starfish
@@ -224,6 +224,15 @@ def test_where_teacher_states_are_kept_does_not_change_a_bit(cache: int, spill: 
     Starfish(epochs=2, batch_size=4).heal(reference, model, images, HealContext({}, pruned))
     assert any(where in line for line in said)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), reference.parameters(), strict=True))
+
+
+def test_a_loader_that_shuffles_is_refused() -> None:
+    model, images = nets.build("vit"), nets.images(8)
+    student, pruned, _ = _pruned(model, images, "mask")
+    loader = torch.utils.data.DataLoader(images, batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    with pytest.raises(ImagesError, match="shuffle=False"):
+        Starfish(epochs=5, batch_size=4).heal(student, model, loader, HealContext({}, pruned))
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_message() -> None:

@@ -69,6 +69,8 @@ def test_an_unknown_method_names_its_neighbour() -> None:
         (heal.Budget(weights=0.5), "global_variance", "magnitude", [], "allocator global_variance works on neurons"),
         (heal.Budget(neurons=0.5), "global_variance", "magnitude", [], "pruner magnitude works on weights"),
         (heal.Budget(weights=0.5), "uniform", "magnitude", ["closed_form"], "healer closed_form works on neurons"),
+        (heal.Budget(neurons=0.5), "global_variance", "none", ["starfish"], "leaves nothing to heal"),
+        (heal.Budget(neurons=0.5), "global_variance", "variance", ["starfish", "closed_form"], "put it first"),
     ],
 )
 def test_a_combination_that_makes_no_sense_is_refused(
