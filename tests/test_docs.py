@@ -105,7 +105,7 @@ def test_the_readmes_python_needs_no_pipeline(workplace: Path) -> None:
     (workplace / "photos").mkdir()
     for index in range(4):
         Image.new("RGB", (240, 240), (60 * index, 100, 200 - 30 * index)).save(workplace / "photos" / f"{index}.jpg")
-    blocked = ["prefect", "mlflow", "dvc", "datasets", "pydantic", "pandas", "sklearn", "typer", "rich", "tasks", "flows"]
+    blocked = ["prefect", "mlflow", "dvc", "datasets", "pydantic", "pandas", "sklearn", "typer", "tasks", "flows"]
     readme = "\n".join(blocks(ROOT / "README.md", "python"))
     published = '"deit_tiny_patch16_224", pretrained=True'
     assert published in readme

@@ -114,10 +114,24 @@ def test_a_version_says_what_its_caller_tagged(home: Path, bundles: dict[str, Pa
 def test_dense_takes_its_alias_and_the_free_place_of_the_champion(home: Path, bundles: dict[str, Path]) -> None:
     registry.register_dense(bundles["dense"], NAME)
     registry.register_dense(bundles["dense"], NAME)
-    registry.register_dense(bundles["healed"], NAME)
-    assert registry.aliases(NAME) == {"dense": "2", "champion": "1"}
+    assert registry.aliases(NAME) == {"dense": "1", "champion": "1"}
     moved = [(move.alias, move.before, move.after) for move in ledger.moves(NAME)]
-    assert moved == [("dense", None, "1"), ("champion", None, "1"), ("dense", "1", "2")]
+    assert moved == [("dense", None, "1"), ("champion", None, "1")]
+
+
+def test_another_dense_model_does_not_take_the_place_that_schedules_read(home: Path, bundles: dict[str, Path]) -> None:
+    registry.register_dense(bundles["dense"], NAME)
+    with pytest.raises(registry.RegistryError, match="another model than dense"):
+        registry.register_dense(bundles["healed"], NAME)
+    assert registry.aliases(NAME) == {"dense": "1", "champion": "1"}
+
+
+@pytest.mark.parametrize("tag", ["/precious", "../../precious", "", "0" * 63])
+def test_a_tag_that_is_no_digest_names_no_folder(home: Path, bundles: dict[str, Path], tag: str) -> None:
+    registry.register_dense(bundles["dense"], NAME)
+    registry.set_tag(NAME, "1", registry.DIGEST, tag)
+    with pytest.raises(registry.RegistryError, match="no digest"):
+        registry.fetch_bundle(f"models:/{NAME}/1")
 
 
 def test_a_version_is_logged_in_the_given_run(
