@@ -59,7 +59,7 @@ def run(
 ) -> None:
     """Recompress the model that the params name; what is cached does not run again.
 
-    `regrow run -p benchmarks/presets/deit_vbp.yaml -S dense.source=file:deit.safetensors`
+    `regrow run -p benchmarks/presets/deit_tiny_vbp.yaml -S dense.source=file:deit.safetensors`
     """
     from flows import running
 

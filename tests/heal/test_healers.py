@@ -151,8 +151,8 @@ def test_starfish_heals_and_leaves_the_rest_alone(name: str, kind: str) -> None:
     model, images = nets.build(name), nets.images(8)
     teacher_before = {key: value.clone() for key, value in model.state_dict().items()}
     student, pruned, context = _pruned(model, images, kind)
-    untouched = {f"{layer}.weight" for layer in describe(model).layers}
-    frozen = {k: v.clone() for k, v in student.state_dict().items() if k not in untouched}
+    trained = {f"{layer}.weight" for layer in describe(model).layers}
+    frozen = {k: v.clone() for k, v in student.state_dict().items() if k not in trained}
     report = Starfish(epochs=6, batch_size=4, lr=3e-3).heal(student, model, images, context)
     assert np.mean(list(report.alignment_after.values())) > np.mean(list(report.alignment_before.values()))
     assert all(torch.equal(model.state_dict()[key], value) for key, value in teacher_before.items())

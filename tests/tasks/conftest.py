@@ -1,4 +1,4 @@
-"""The toy pipeline as a fixture."""
+"""Stores and the toy pipeline as fixtures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from tasks.store import Store
 from tests.tasks import toy
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A store in a folder, and one that is reached as a bucket is."""
+    if request.param == "folder":
+        yield Store(str(tmp_path / "store"))
+        return
+    made = Store(f"memory://{tmp_path.name}/store")
+    yield made
+    made.place.remove("")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    """A store in a folder."""
+    return Store(str(tmp_path / "store"))
 
 
 @pytest.fixture

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tasks.gc import gc
 from tasks.keys import sha256
 from tasks.manifest import Record
 from tasks.store import Store
 from tests.tasks.toy import fill, record
-
-
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "folder":
-        yield Store(str(tmp_path / "store"))
-        return
-    made = Store(f"memory://{tmp_path.name}/store")
-    yield made
-    made.place.remove("")
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
 
 
 def published(store: Store, tmp_path: Path, name: str, stage: str = "pruning", **inputs: str) -> Record:

@@ -25,21 +25,6 @@ from tests.tasks.toy import KEY, fill, record
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "folder":
-        yield Store(str(tmp_path / "store"))
-        return
-    made = Store(f"memory://{tmp_path.name}/store")
-    yield made
-    made.place.remove("")
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
-
-
 def folder_of(store: Store, digest: str) -> Path:
     assert store.place.local is not None
     return store.place.local / "artifacts" / digest
