@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from heal import bundle
-from tasks import artifacts, promotion, registry
+from tasks import artifacts, models, promotion, registry
 from tasks.gate import Gate
 from tasks.images import load_evaluation
 from tasks.params import Params
@@ -28,7 +28,14 @@ def ask(params: Params, dense: Path, calibration: Path, version: str, *, again: 
         preprocessing = bundle.read(dense / "bundle")["preprocessing"]
         images = load_evaluation(params.evaluation, preprocessing, Progress(Path(work)), calibration)
         return promotion.ask(
-            name, version, limits, images.array, images.labels, again=again, allow_adapters=params.dense.adapter_allow
+            name,
+            version,
+            limits,
+            images.array,
+            images.labels,
+            again=again,
+            allow_adapters=params.dense.adapter_allow,
+            device=models.device_of(params.evaluation.device),
         )
 
 

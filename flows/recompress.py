@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,10 @@ class Outcome:
 
 
 class Road:
-    """One run on its way: the params, what their names point to, the store, the MLflow run, the screen."""
+    """One run on its way: the params, the store, the MLflow run, the screen."""
 
     def __init__(self, params: Params, screen: Screen) -> None:
         self.params, self.screen, self.store = params, screen, Store()
-        self.resolved = resolve.resolve(params)
         self.references: dict[str, Ref] = {}
         self.run_id = ""
 
@@ -101,7 +101,8 @@ class Road:
 
     def _run(self, name: str, upstream: dict[str, str]) -> State[Ref]:
         refs = {other: self.references[other] for other in upstream}
-        ref = run_stage(STAGES[name], self.params, refs, self.store, self.screen.progress, self.resolved)
+        names = partial(resolve.resolve, self.params)
+        ref = run_stage(STAGES[name], self.params, refs, self.store, self.screen.progress, names)
         self.references[name] = ref
         tracking.log_stage(self.run_id, name, ref.cached, ref.metrics)
         self.screen.stage(name, ref.cached, ref.seconds, ref.metrics)

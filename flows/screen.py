@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
 
 
 def _remark(name: str, metrics: Mapping[str, float]) -> str:
-    if name == "healing":
+    if name == "healing" and "alignment_before" in metrics:
         return f"alignment {metrics['alignment_before']:.3f} -> {metrics['alignment_after']:.3f}"
     if name == "allocation":
         return f"keeps {metrics['got']:,.0f} of {metrics['total']:,.0f}, {metrics['asked']:,.0f} asked"

@@ -86,6 +86,12 @@ def digest(folder: Folder) -> str:
     return bundle_format.combined({name: sha256(data) for name, data in files.items()})
 
 
+def adapter(folder: Folder) -> str | None:
+    """The adapter that builds the network, as package.module:function; None for timm's. Raises BundleError."""
+    built = read(folder)["architecture"]
+    return str(built["name"]) if built["source"] == "adapter" else None
+
+
 def masks(folder: Folder) -> Mask:
     """Which weights stay, of the layers that are stored packed: kept zeros count as kept. Raises BundleError."""
     description, files = _verified(Path(folder))

@@ -39,19 +39,6 @@ def cut(model: nn.Module, chosen: ChannelCut, family: Family | None = None) -> N
             _slice(model.get_submodule(consumer), "columns", keep)
 
 
-def zero_out(model: nn.Module, chosen: ChannelCut, family: Family | None = None) -> None:
-    """The cut's masked twin: same function, same shapes; the consumers' columns of cut channels become zero."""
-    groups = _fitting(model, chosen, family)
-    write(model, chosen.updates)
-    with torch.no_grad():
-        for group, keep in groups:
-            for consumer in group.consumers:
-                weight = model.get_submodule(consumer).get_parameter("weight")
-                gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-                gone[keep.to(weight.device)] = False
-                weight[:, gone] = 0
-
-
 def widths(model: nn.Module, family: Family | None = None) -> dict[str, int]:
     """How many channels every group has now; empty for a network without groups."""
     groups = (family or describe(model)).cuttable

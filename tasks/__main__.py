@@ -20,6 +20,7 @@ from heal.errors import HealError, InputError
 from tasks import bootstrap
 from tasks.keys import Resolved
 from tasks.params import load
+from tasks.plots import PLOTS
 from tasks.progress import fitting
 from tasks.references import References
 from tasks.resolve import resolve
@@ -61,6 +62,8 @@ def _run(stage: str, path: Path | None, overrides: Sequence[str]) -> Ref:
     ref = References(params, store, resolved, fitting).run(stage)
     if stage == "healing":
         put(store.materialise(ref.digest) / "bundle", HEALED)
+    if stage in PLOTS:
+        PLOTS[stage].write(store.materialise(ref.digest))
     return ref
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
     """Capture the union of what the named methods need; an empty artifact when they need nothing."""
-    dense = models.load(inputs["dense"], params.dense.adapter_allow)
+    dense = models.load(inputs["dense"], params.dense.adapter_allow, params.activations.device)
     wanted = taps(describe(dense), params.methods())
     images = load_calibration(inputs["calibration"], progress.checkpoints.with_name("decoded"))
     batch_size = params.activations.batch_size

@@ -24,7 +24,7 @@ def train_dense(params: Params, store: Store, progress: ProgressFactory) -> floa
     """Train by the dense stage, register the bundle as `dense` and first `champion`; the seconds it took."""
     from tasks import dense, registry
 
-    trained = run_stage(STAGES["dense"], params, {}, store, progress, {"dense.source": dense.TRAINED})
+    trained = run_stage(STAGES["dense"], params, {}, store, progress, lambda: {"dense.source": dense.TRAINED})
     name = params.dense.source.removeprefix("models:/").partition("@")[0]
     registry.register_dense(store.materialise(trained.digest) / "bundle", name, params.dense.adapter_allow)
     return trained.seconds

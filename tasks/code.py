@@ -39,8 +39,10 @@ MACHINERY = frozenset(
             "methods",
             "places",
             "plan",
+            "plots",
             "progress",
             "references",
+            "remembered",
         ),
         *("params", "params_check", "params_file", "params_schema", "resolve", "runner", "state", "store", "table"),
     )

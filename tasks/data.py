@@ -18,12 +18,17 @@ DEFAULT_SPLIT = "train"
 
 
 class Source(Protocol):
-    """Images by stable ids. `name` says which source this is, without a path of this machine."""
+    """Images by stable ids. `name` says which source this is, without a path of this machine.
+
+    files: what it reads and may change while the name stays; none for what is pinned.
+    """
 
     @property
     def name(self) -> str: ...
 
     def ids(self) -> Sequence[str]: ...
+
+    def files(self) -> Sequence[Path]: ...
 
     def read(self, image: str, /) -> bytes: ...
 
@@ -68,11 +73,6 @@ def digest(source: Source, ids: Iterable[str] | None = None) -> str:
     for image in source.ids() if ids is None else ids:
         total.update(f"{hashlib.sha256(source.read(image)).hexdigest()}  {image}\n".encode())
     return total.hexdigest()
-
-
-def resolve(spec: str) -> str:
-    """What a source holds now, as one digest; for `hf`, which names a commit, without reading it."""
-    return hashlib.sha256(spec.encode()).hexdigest() if spec.startswith("hf:") else digest(open_source(spec))
 
 
 @dataclass(frozen=True)

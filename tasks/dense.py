@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from heal.families.lookup import describe
 from heal.naming import nearest
 from heal.pruned import refuse_broken
 from heal.timm_config import preprocessing
-from tasks import artifacts, demo, mlflow_store, weights
+from tasks import artifacts, code, demo, mlflow_store, weights
 from tasks.preprocessing import parse
 
 if TYPE_CHECKING:
@@ -54,15 +55,18 @@ def resolve(params: Params) -> str:
 
         # On other images a digits model would be nonsense: then the registry says what it lacks.
         is_digits = params.calibration.source == "digits"
-        return TRAINED if is_digits and _is_to_train(section) else registry.resolve(section.source)
+        if is_digits and _is_to_train(section):
+            return TRAINED
+        version = registry.version_of(section.source)
+        return _with_code(version.digest, version.tags.get(registry.ADAPTER))
     if kind == "bundle":
-        return bundle.digest(name)
+        return _with_code(bundle.digest(name), bundle.adapter(Path(name)))
     if kind == "timm":
         return _sha256(f"timm:{_tagged(name)}")
     if kind == "file":
         adapter = (section.architecture or "").removeprefix("adapter:")
-        return _sha256(weights.digest(Path(name)) + (_source_digest(adapter) if ":" in adapter else ""))
-    return _sha256(_source_digest(name) + weights.digest_of(_built(_architecture(section.source, section), section)))
+        return _with_code(weights.digest(Path(name)), adapter if ":" in adapter else None)
+    return _with_code(weights.digest_of(_built(_architecture(section.source, section), section)), name)
 
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
@@ -80,7 +84,10 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         )
     parse(bundle.read(output / "bundle")["preprocessing"])
     family, parameters = describe(opened.model).name, cost.parameters(opened.model)
-    artifacts.write_json(output / "dense.json", {"source": _public(section.source), "digest": digest, "family": family})
+    described = {"source": _public(section.source), "digest": digest, "family": family}
+    if opened.architecture.source == "adapter":  # what comes after depends on this code as well
+        described["code"] = _code_digest(opened.architecture.name)
+    artifacts.write_json(output / "dense.json", described)
     progress.log(f"{opened.architecture.name} of family {family}, {parameters:,} parameters")
     return {"parameters": float(parameters)}
 
@@ -203,8 +210,13 @@ def _copied(folder: Path, target: Path) -> str:
     return bundle.digest(target)
 
 
-def _source_digest(adapter: str) -> str:
-    """SHA-256 of the file that holds an adapter."""
+def _with_code(digest: str, adapter: str | None) -> str:
+    """A network that an adapter builds is its weights and its code."""
+    return digest if adapter is None else _sha256(digest + _code_digest(adapter))
+
+
+def _code_digest(adapter: str) -> str:
+    """SHA-256 over the file that holds an adapter and, where that is in a package, all it imports there."""
     module = adapter.partition(":")[0]
     try:
         spec = importlib.util.find_spec(module)
@@ -212,7 +224,9 @@ def _source_digest(adapter: str) -> str:
         raise InputError(f"adapter {adapter}: {error}; install its package or set PYTHONPATH") from error
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise InputError(f"adapter {adapter}: there is no module {module}; install its package or set PYTHONPATH")
-    return weights.digest(Path(spec.origin))
+    if "." not in module:
+        return code.hash_file(Path(spec.origin))
+    return _sha256(json.dumps(code.hashes(module), sort_keys=True))
 
 
 def _split(source: str) -> tuple[str, str]:

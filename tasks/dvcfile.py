@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from tasks import atomic, code
+from tasks.plots import PLOTS
 from tasks.references import FOLDER
 from tasks.table import STAGES, Stage, Stages
 
@@ -34,6 +35,7 @@ def render(stages: Stages = STAGES) -> dict[str, Any]:
     return {
         "stages": {stage.name: _stage(stage) for stage in stages.values()},
         "metrics": [_reference(name) for name in METRICS if name in stages],
+        "plots": [plot.described() for name, plot in PLOTS.items() if name in stages],
     }
 
 
@@ -43,11 +45,12 @@ def text(stages: Stages = STAGES) -> str:
 
 
 def _stage(stage: Stage) -> dict[str, Any]:
+    plots = [{PLOTS[stage.name].path: {"cache": False}}] if stage.name in PLOTS else []
     return {
         "cmd": f"python -m tasks {stage.name}",
         "deps": [*(_reference(name) for name in stage.upstream), *_code(stage)],
         "params": list(stage.params),
-        "outs": [{_reference(stage.name): {"cache": False}}, *OUTPUTS.get(stage.name, ())],
+        "outs": [{_reference(stage.name): {"cache": False}}, *OUTPUTS.get(stage.name, ()), *plots],
     }
 
 

@@ -26,7 +26,8 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     """Write evaluation.json. Labels are read when `evaluation.labels` allows it, and the log says so."""
     section = params.evaluation
     folders = candidates(inputs)
-    networks = {name: models.load(folder, params.dense.adapter_allow) for name, folder in folders.items()}
+    allowed = params.dense.adapter_allow
+    networks = {name: models.load(folder, allowed, section.device) for name, folder in folders.items()}
     preprocessing = bundle.read(inputs["dense"] / "bundle")["preprocessing"]
     images = load_evaluation(section, preprocessing, progress, inputs["calibration"])
     measured: dict[str, Any] = {}
@@ -72,6 +73,7 @@ def _size(network: nn.Module, folder: Path, input_size: tuple[int, ...]) -> dict
         "nonzeros": cost.nonzeros(network),
         "macs": cost.macs(network, input_size),
         "bytes": (folder / "bundle" / "weights.safetensors").stat().st_size,
+        "bytes_unpacked": sum(tensor.nbytes for tensor in network.state_dict().values()),
     }
 
 

@@ -103,7 +103,7 @@ def sizes(rows: Sequence[Row]) -> Bars:
             kind,
             _place(count / scale, top),
             f"{digits(count / scale)} {unit}",
-            note=_against(count, rows[0].bytes),
+            note=_against(count, rows[0].bytes_unpacked) if name != rows[0].name else "",
         )
         for name, kind, count in entries
     )

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
     """Write the healed bundle, the bundle after every healer but the last, and the reports."""
     section = params.healing
-    device = models.device_of(section.device)
-    teacher = models.load(inputs["dense"], params.dense.adapter_allow).to(device)
-    student = models.load(inputs["pruning"], params.dense.adapter_allow).to(device)
+    teacher = models.load(inputs["dense"], params.dense.adapter_allow, section.device)
+    student = models.load(inputs["pruning"], params.dense.adapter_allow, section.device)
     images = load_calibration(inputs["calibration"], progress.checkpoints.with_name("decoded"))
     calibration = artifacts.read_json(inputs["calibration"] / "calibration.json")
     pruned = artifacts.load_pruned(inputs["pruning"])
@@ -45,10 +44,9 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         methods = {"healers": list(section.methods[: number + 1]), "params": section.options(name)}
         models.save_child(student, folder, inputs["dense"], pruned, methods, calibration)
     artifacts.write_json(output / "healing.json", [_timeless(asdict(report)) for report in reports])
-    return {f"{report.method}_seconds": report.seconds for report in reports} | {
-        "alignment_before": _mean(reports[0].alignment_before),
-        "alignment_after": _mean(reports[-1].alignment_after),
-    }
+    seconds = {f"{report.method}_seconds": report.seconds for report in reports}
+    measured = {"alignment_before": reports[0].alignment_before, "alignment_after": reports[-1].alignment_after}
+    return seconds | {name: _mean(alignment) for name, alignment in measured.items() if alignment}
 
 
 def _timeless(report: dict[str, Any]) -> dict[str, Any]:
@@ -57,4 +55,4 @@ def _timeless(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean(alignment: Mapping[str, float]) -> float:
-    return sum(alignment.values()) / len(alignment) if alignment else 0.0
+    return sum(alignment.values()) / len(alignment)

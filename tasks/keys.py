@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -69,11 +69,6 @@ def key_of(ingredients: Ingredients) -> str:
     """SHA-256 of the ingredients, the code as one digest; what moving names are called does not count."""
     counted = {name: value for name, value in ingredients.items() if name != "names"}
     return sha256(canonical({**counted, "code": sha256(canonical(ingredients["code"]))}))
-
-
-def code_digest(module: str, methods: Iterable[str] = ()) -> str:
-    """One digest for a module, the methods it is told to use, and all they import on our floors."""
-    return sha256(canonical(code.hashes(module, methods)))
 
 
 def packages() -> dict[str, str]:

@@ -11,14 +11,15 @@ from torch import nn
 
 from heal import bundle
 from heal.architecture import Architecture
+from heal.errors import InputError
 from heal.values import ChannelCut, Mask
 
 INHERITED = ("class_names", "preprocessing", "licence")
 
 
-def load(folder: Path, allow_adapters: tuple[str, ...] = ()) -> nn.Module:
-    """The model of the bundle in `folder`/bundle, in eval mode."""
-    return bundle.load(folder / "bundle", allow_adapters=allow_adapters)
+def load(folder: Path, allow_adapters: tuple[str, ...] = (), device: str = "cpu") -> nn.Module:
+    """The model of the bundle in `folder`/bundle, in eval mode, on the device that params name."""
+    return bundle.load(folder / "bundle", allow_adapters=allow_adapters).to(device_of(device))
 
 
 def save_child(
@@ -45,7 +46,11 @@ def save_child(
 
 
 def device_of(name: str) -> torch.device:
-    """The device that `auto` stands for, or the one named."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that `auto` stands for, or the one named. Raises InputError when this machine has it not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = torch.device(name)
+    has = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (wanted.index or 0) >= has[wanted.type]:
+        raise InputError(f"device {name}: this machine has {has[wanted.type]} of that kind; use cpu or auto")
+    return wanted

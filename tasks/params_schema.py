@@ -25,6 +25,9 @@ Name = Annotated[
 ]
 Text = Annotated[str, Field(min_length=1)]
 Colour = tuple[float, float, float]
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="one of auto, cpu, mps, cuda, cuda:N")
+]
 
 
 class Section(BaseModel):
@@ -113,6 +116,7 @@ class Calibration(Section):
 
 class Activations(Section):
     batch_size: Count = 64
+    device: Device = "auto"
 
 
 class AskedBudget(Section):
@@ -140,9 +144,7 @@ class Pruning(MethodSection):
 class Healing(MethodSection):
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("closed_form", "starfish")
     seed: Seed = 0
-    device: Annotated[
-        str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="one of auto, cpu, mps, cuda, cuda:N")
-    ] = "auto"
+    device: Device = "auto"
 
     @field_validator("methods")
     @classmethod
@@ -160,6 +162,7 @@ class Evaluation(Section):
     labels: bool | Text = True
     subsets: Text | None = None
     batch_size: Count = 64
+    device: Device = "auto"
     latency_rounds: Annotated[int, Field(ge=0)] = 30
     latency_batches: tuple[Count, ...] = (1, 32)
     latency_models: tuple[Text, ...] = ("dense", "healed")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from tasks.registry import CHALLENGER, CHAMPION, DENSE, PREVIOUS, RegistryError
 
 VERDICT, MOVED = "regrow.verdict", "regrow.moved"
 LATENCY_BATCH = 32
+CPU = torch.device("cpu")
 
 
 class PromotionError(HealError):
@@ -69,6 +71,7 @@ def ask(
     *,
     again: bool = False,
     allow_adapters: Collection[str] = (),
+    device: torch.device = CPU,
 ) -> Decision:
     """Measure a version against the champion, judge it, and promote it if it passes; unless it is `settled`.
 
@@ -81,7 +84,7 @@ def ask(
     champion = registry.aliases(name).get(CHAMPION)
     with registry.lock(name):
         _point(name, CHALLENGER, version, "asks to be promoted")
-    verdict = judge(measure(name, version, champion, images, labels, gate, allow_adapters), gate)
+    verdict = judge(measure(name, version, champion, images, labels, gate, allow_adapters, device), gate)
     if verdict.passed:
         move = promote(name, version, verdict, expect=champion)
         return Decision(name, version, champion, verdict, move, f"version {version} is the champion now")
@@ -116,6 +119,7 @@ def measure(
     labels: Tensor | None,
     gate: Gate,
     allow_adapters: Collection[str] = (),
+    device: torch.device = CPU,
 ) -> Measured:
     """Load dense, champion and challenger from the registry and run them on the same images [n, 3, h, w].
 
@@ -126,7 +130,7 @@ def measure(
     folders[CHALLENGER] = registry.fetch_bundle(f"models:/{name}/{challenger}")
     if champion is not None and labels is not None:
         folders[CHAMPION] = registry.fetch_bundle(f"models:/{name}/{champion}")
-    networks = {who: bundle.load(folder, allow_adapters) for who, folder in folders.items()}
+    networks = {who: bundle.load(folder, allow_adapters).to(device) for who, folder in folders.items()}
     # At first the champion is the dense model itself: nothing answers twice.
     answers = {folder: predict(networks[who], images) for folder, who in {f: w for w, f in folders.items()}.items()}
     logits = {who: answers[folder] for who, folder in folders.items()}
@@ -170,7 +174,7 @@ def promote(
             _check_serves(name, images_example)
             _remember(name, version, verdict, expect)
         if held.get(CHALLENGER) == version:
-            registry.set_alias(name, CHALLENGER, None)
+            _point(name, CHALLENGER, None, "is the champion now")
     return move
 
 
@@ -191,11 +195,6 @@ def rollback(name: str, to: str | None = None) -> Move:
             move = _crown(name, held, target, "rolled back")
             _check_serves(name, None)
     return move
-
-
-def history(name: str) -> list[Move]:
-    """Every move of the model's aliases that was made from this state folder, oldest first."""
-    return ledger.moves(name)
 
 
 def _crown(name: str, held: dict[str, str], version: str, reason: str, gate: str | None = None) -> Move:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks import atomic
-from tasks.keys import Resolved, StageParams, is_moving, stage_key
+from tasks.keys import Resolved, StageParams, stage_key
 from tasks.manifest import Record
 from tasks.progress import ProgressFactory, quiet
 from tasks.runner import Ref, run_stage
@@ -48,10 +48,9 @@ class References:
     def _run_on(self, name: str, refs: dict[str, Ref]) -> Ref:
         """The stage on these artifacts; one that is gone is computed again, once."""
         stage, missing = self.stages[name], dict(refs)
-        resolved = self.resolve() if is_moving(stage) else {}
         while True:
             try:
-                return run_stage(stage, self.params, refs, self.store, self.progress_factory, resolved)
+                return run_stage(stage, self.params, refs, self.store, self.progress_factory, self.resolve)
             except ArtifactGoneError as gone:
                 upstream = next((name for name, ref in missing.items() if ref.digest == gone.digest), None)
                 if upstream is None:

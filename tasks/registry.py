@@ -37,7 +37,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.types import Schema, TensorSpec  # noqa: E402
 
-DIGEST, KEY, COMPLETE, ARTIFACTS = "regrow.digest", "regrow.key", "regrow.complete", "regrow.artifacts"
+DIGEST, COMPLETE, ARTIFACTS, ADAPTER = "regrow.digest", "regrow.complete", "regrow.artifacts", "regrow.adapter"
 DENSE, CHAMPION, CHALLENGER, PREVIOUS = "dense", "champion", "challenger", "previous"
 
 SERVED = Path(__file__).with_name("served_model.py")
@@ -141,19 +141,26 @@ def register(
     input_example: NDArray[np.float32] | None = None,
     allow_adapters: Collection[str] = (),
 ) -> Version:
-    """Register a bundle under a name, once: a complete version of the same bundle and key is given back.
+    """Register a bundle under a name, once: a complete version of the same bundle gets the new tags instead.
 
     The version is logged inside the run `run_id` (None: the one of MLFLOW_RUN_ID, else a new one).
-    `tags` are the version's; `input_example` [n, 3, h, w] defaults to noise of the bundle's input size.
+    `tags` say where these bytes came from last; `input_example` [n, 3, h, w] defaults to noise of the
+    bundle's input size.
     Its last tag is `regrow.complete`: a version without it does not exist for regrow.
     """
     from heal import bundle as bundles  # brings torch; reading the registry needs none
 
     wanted = {**(tags or {}), DIGEST: bundles.digest(bundle)}
+    if (adapter := bundles.adapter(bundle)) is not None:
+        wanted[ADAPTER] = adapter
     client()  # makes the registry if there is none
     with lock(name):
-        found = next((v for v in complete_versions(name) if _same(v, wanted)), None)
-        return found or _create(bundle, name, run_id, wanted, input_example, allow_adapters)
+        found = next((v for v in complete_versions(name) if v.digest == wanted[DIGEST]), None)
+        if found is None:
+            return _create(bundle, name, run_id, wanted, input_example, allow_adapters)
+        for tag in wanted.items() - found.tags.items():
+            set_tag(name, found.version, *tag)
+        return version_of(found.uri)
 
 
 def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()) -> Version:
@@ -380,10 +387,6 @@ def _version(found: ModelVersion) -> Version:
             f"version {number} of {found.name} has a tag {DIGEST} that is no digest; delete the version"
         )
     return Version(found.name, number, f"models:/{found.name}/{number}", digest, dict(found.tags))
-
-
-def _same(version: Version, tags: Mapping[str, str]) -> bool:
-    return version.digest == tags[DIGEST] and version.tags.get(KEY) == tags.get(KEY)
 
 
 def _unless_missing(error: MlflowException) -> None:

@@ -37,6 +37,8 @@ def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) 
         inputs = {"dense": _dense(params, planned["dense"], store, Path(scratch))}
         _refuse_methods(params, models.load(inputs["dense"], params.dense.adapter_allow))
         _refuse_names(params)
+        for section in (params.activations, params.healing, params.evaluation):
+            models.device_of(section.device)
         registry.refuse_other_dense(params.registration.name, bundle.digest(inputs["dense"] / "bundle"))
         if not planned["calibration"].cached:
             output = _folder(Path(scratch) / "calibration")

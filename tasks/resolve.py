@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heal.errors import ImagesError
+from tasks import remembered
 
 if TYPE_CHECKING:
     from tasks.params import Params
+
+LOCAL = ("imagefolder:", "parquet:")
+"""Sources that may change while the name stays. Digits come with the code, and `hf` names a commit."""
 
 
 def resolve(params: Params) -> dict[str, str]:
@@ -19,15 +23,21 @@ def resolve(params: Params) -> dict[str, str]:
     """
     # Here, because a help text or a list of stages should not wait for them.
     import tasks.dense as dense
-    from tasks import data
 
     found = {"dense.source": dense.resolve(params)}
     for key, source in (("calibration", params.calibration.source), ("evaluation", params.evaluation.source)):
-        if source != "digits":  # digits come with the code, and the code has a digest of its own
-            found[f"{key}.source"] = data.resolve(source)
+        if source.startswith(LOCAL):
+            found[f"{key}.source"] = _images(source)
     if isinstance(params.evaluation.labels, str):
         found["evaluation.labels"] = _file(Path(params.evaluation.labels))
     return found
+
+
+def _images(spec: str) -> str:
+    from tasks import data
+
+    source = data.open_source(spec)
+    return remembered.digest(spec, source.files(), lambda: data.digest(source))
 
 
 def _file(path: Path) -> str:

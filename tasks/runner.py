@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,10 +19,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from heal.errors import NumericalError
+from heal.errors import HealError, NumericalError
 from tasks import state
 from tasks.checkpoints import Checkpoints
-from tasks.keys import Ingredients, Resolved, StageParams, stage_key
+from tasks.keys import Ingredients, Resolved, StageParams, is_moving, stage_key
 from tasks.manifest import Record
 from tasks.progress import ProgressFactory, quiet
 from tasks.store import Store
@@ -31,6 +31,10 @@ from tasks.table import Stage
 log = logging.getLogger("regrow")
 
 VERSIONS = ("torch", "torchvision", "timm", "safetensors", "numpy", "regrow")
+
+
+class MovedError(HealError):
+    """What a moving name points to changed under a stage, so its key would lie."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +62,24 @@ def run_stage(
     refs: Mapping[str, Ref],
     store: Store,
     progress_factory: ProgressFactory = quiet,
-    resolved: Resolved | None = None,
+    resolve: Callable[[], Resolved] = dict,
 ) -> Ref:
     """The stage's artifact: found by its key, or computed and published.
 
-    refs: its upstream stages' artifacts. resolved: what moving names in the params point to. Of
-    several processes that want the same key one computes, and the others wait and find it. Raises
-    StoreError, ArtifactGoneError (an input is not in the store any more), NumericalError, and
-    whatever the stage raises.
+    refs: its upstream stages' artifacts. resolve: what moving names in the params point to, asked
+    before and after the stage reads them. Of several processes that want the same key one computes,
+    and the others wait and find it. Raises StoreError, ArtifactGoneError (an input is not in the
+    store any more), MovedError, NumericalError, and whatever the stage raises.
     """
     inputs = {name: refs[name].digest for name in stage.upstream}
-    key, ingredients = stage_key(stage, params, inputs, resolved)
+    resolve = resolve if is_moving(stage) else dict
+    key, ingredients = stage_key(stage, params, inputs, resolve())
     found = find(stage, key, store)
     if found is None:
         with _alone(stage, key):
             found = find(stage, key, store)
             if found is None:
-                return _ref(_computed(stage, params, key, ingredients, store, progress_factory))
+                return _ref(_computed(stage, params, key, ingredients, store, progress_factory, resolve))
     store.touch(key)
     # A process that was killed between publishing and cleaning up left its work behind.
     shutil.rmtree(state.work(key), ignore_errors=True)
@@ -108,7 +113,13 @@ def _alone(stage: Stage, key: str) -> Iterator[None]:
 
 
 def _computed(
-    stage: Stage, params: StageParams, key: str, ingredients: Ingredients, store: Store, factory: ProgressFactory
+    stage: Stage,
+    params: StageParams,
+    key: str,
+    ingredients: Ingredients,
+    store: Store,
+    factory: ProgressFactory,
+    resolve: Callable[[], Resolved],
 ) -> Record:
     """Run in the work folder and publish. Checkpoints stay until then, also after an error."""
     work, started = state.work(key), time.monotonic()
@@ -122,6 +133,7 @@ def _computed(
         metrics = _finite(stage, stage.function()(params.restrict(stage.params), inputs, output, progress))
     finally:
         progress.close()
+    _refuse_moved(stage, ingredients["resolved"], resolve())
     seconds = round(time.monotonic() - started, 3)
     about = Record(
         stage.name, key, "", ingredients, metrics, versions(), host(), seconds, _now(), tuple(progress.fallbacks)
@@ -130,6 +142,14 @@ def _computed(
     checkpoints.drop()
     shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _refuse_moved(stage: Stage, before: Resolved, after: Resolved) -> None:
+    moved = [name for name, digest in before.items() if after.get(name) != digest]
+    if moved:
+        raise MovedError(
+            f"{', '.join(moved)} changed while stage {stage.name} was reading it; nothing was published, run again"
+        )
 
 
 def _ref(record: Record, cached: bool = False) -> Ref:

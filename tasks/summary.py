@@ -27,8 +27,9 @@ class Spread:
 class Row:
     """One model of an evaluation.
 
-    `top1` and `agreement` are fractions in [0, 1] (None: not measured), `bytes` is the size of the weights file and
-    `bytes_float16` what it would be with float32 stored as float16, `latency` maps a batch size to seconds per batch.
+    `top1` and `agreement` are fractions in [0, 1] (None: not measured). `bytes` is the size of the weights file,
+    `bytes_unpacked` that of the tensors when loaded, `bytes_float16` what the file would be with float32 stored as
+    float16. `latency` maps a batch size to seconds per batch.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     nonzeros: int
     macs: int
     bytes: int
+    bytes_unpacked: int
     bytes_float16: int | None = None
     latency: Mapping[int, Spread] = field(default_factory=dict)
 
@@ -91,7 +93,7 @@ def columns(rows: Sequence[Row], images: int) -> list[Column]:
         _counts("parameters", "Parameters", [row.parameters for row in rows], quantity),
         _counts("nonzeros", "Nonzero parameters", [row.nonzeros for row in rows], quantity),
         _counts("macs", "MACs", [row.macs for row in rows], quantity),
-        _counts("bytes", "Weights file", [row.bytes for row in rows], size),
+        _counts("bytes", "Weights file", [row.bytes for row in rows], size, against=rows[0].bytes_unpacked),
         _counts("bytes_float16", "Same in float16", [row.bytes_float16 for row in rows], size),
         *(_timings(rows, batch) for batch in batches(rows)),
     ]
@@ -121,7 +123,7 @@ def table(evaluation: Mapping[str, Any], healers: Sequence[str] = ()) -> Table:
 def comma_separated(rows: Sequence[Row]) -> str:
     """The same numbers for machines, unrounded: shares in [0, 1], seconds, bytes; an empty field was not measured."""
     timed = batches(rows)
-    counts = ("top1", "agreement", "parameters", "nonzeros", "macs", "bytes", "bytes_float16")
+    counts = ("top1", "agreement", "parameters", "nonzeros", "macs", "bytes", "bytes_unpacked", "bytes_float16")
     seconds = [f"latency_batch{batch}_{part}_seconds" for batch in timed for part in ("median", "low", "high")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -178,7 +180,7 @@ def points(difference: float, images: int) -> str:
 def _row(name: str, entry: Mapping[str, Any]) -> Row:
     timings = entry.get("latency") or {}
     spreads = {int(batch): Spread(t["median"], t["low"], t["high"]) for batch, t in timings.items()}
-    counts = {key: int(entry[key]) for key in ("parameters", "nonzeros", "macs", "bytes")}
+    counts = {key: int(entry[key]) for key in ("parameters", "nonzeros", "macs", "bytes", "bytes_unpacked")}
     return Row(name, top1=entry["top1"], agreement=entry["agreement"], latency=spreads, **counts)
 
 
@@ -192,11 +194,18 @@ def _shares(key: str, label: str, values: Sequence[float | None], images: int) -
     return Column(key, label, "%", "higher", tuple(cell(index, value) for index, value in enumerate(values)))
 
 
-def _counts(key: str, label: str, values: Sequence[int | None], unit: Callable[[float], tuple[float, str]]) -> Column:
+def _counts(
+    key: str,
+    label: str,
+    values: Sequence[int | None],
+    unit: Callable[[float], tuple[float, str]],
+    against: int | None = None,
+) -> Column:
+    """`against`: what the others are compared with, where that is not the first value."""
     scale, name = unit(max(value or 0 for value in values))
 
     def cell(index: int, value: int | None) -> Cell:
-        base = values[0] if index else None
+        base = (against or values[0]) if index else None
         if value is None:
             return Cell(MISSING, None)
         return Cell(digits(value / scale), value, times(value / base) if base else "")
@@ -232,4 +241,4 @@ def _terminal(cell: Cell) -> str:
 
 def _caption(evaluation: Mapping[str, Any]) -> str:
     shown = "top-1 and agreement" if evaluation["labels"] else "no labels: agreement with the dense model only"
-    return f"{evaluation['images']:,} images, {shown}; × against dense (latency: times faster)"
+    return f"{evaluation['images']:,} images, {shown}; × against dense (file: in full precision, latency: times faster)"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tasks.summary import Row, percent, span, times
 
+NARROWED = 0.9
 AT_CHANCE = 1.5  # times the chance level: below it, top-1 says no more than guessing
 
 
@@ -16,7 +17,7 @@ def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
         return f"Nothing was pruned: {_accuracy(rows, images)}."
     gain = _size(dense, last)
     if kind == "mask":
-        smaller = last.bytes < dense.bytes
+        smaller = last.bytes < dense.bytes_unpacked
         opening = f"{'Smaller' if smaller else 'No smaller'} file, same speed on plain runtimes: {gain}"
     else:
         opening = f"{gain[0].upper()}{gain[1:]} and {_speed(dense, last)}"
@@ -26,13 +27,19 @@ def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
 def warnings(rows: Sequence[Row], kind: str, classes: int | None) -> list[str]:
     """Sentences for a reader who would otherwise trust the figures too much."""
     found = []
+    dense, last = rows[0], rows[-1]
     pruned = next((row for row in rows if row.name == "pruned"), None)
     if pruned is not None and pruned.top1 is not None and classes and pruned.top1 <= AT_CHANCE / classes:
         found.append(
             "Right after pruning the model was at chance, so healing started from noise. "
             "A smaller budget that leaves the pruned model above chance heals better."
         )
-    if kind != "none" and rows[-1].bytes >= rows[0].bytes:
+    if dense.bytes < NARROWED * dense.bytes_unpacked:
+        found.append(
+            "The dense weights are exact in float16, so their file is narrower than the network in memory; healing "
+            "gives them back full precision. Sizes are compared with dense in full precision."
+        )
+    if kind != "none" and last.bytes >= dense.bytes_unpacked:
         found.append(
             "The weights file did not get smaller"
             + (": packing does not pay at this sparsity." if kind == "mask" else ".")
@@ -41,7 +48,7 @@ def warnings(rows: Sequence[Row], kind: str, classes: int | None) -> list[str]:
 
 
 def _size(dense: Row, last: Row) -> str:
-    change = 1 - last.bytes / dense.bytes
+    change = 1 - last.bytes / dense.bytes_unpacked
     return f"the weights file is {100 * abs(change):.0f} % {'smaller' if change >= 0 else 'larger'}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ class Digits:
     def ids(self) -> Sequence[str]:
         """All ids."""
         return [f"{_PREFIX}{number:04d}" for number in range(len(self._loaded.target))]
+
+    def files(self) -> Sequence[Path]:
+        """None: what it reads is pinned."""
+        return ()
 
     def read(self, image: str) -> bytes:
         """One image as PNG; stored, not compressed, so that its bytes do not depend on a zlib version."""

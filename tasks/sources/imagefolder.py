@@ -30,6 +30,10 @@ class ImageFolder:
         """All ids. Raises ImagesError when there is no image."""
         return self._ids
 
+    def files(self) -> Sequence[Path]:
+        """The file of every id."""
+        return [self.root / image for image in self._ids]
+
     def read(self, image: str) -> bytes:
         """The file's bytes. Raises ImagesError when it is not (or no longer) inside the folder."""
         path = self.root / image

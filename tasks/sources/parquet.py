@@ -41,6 +41,10 @@ class Parquet:
         """All ids, in the order of the rows."""
         return list(self._rows)
 
+    def files(self) -> Sequence[Path]:
+        """The parquet files."""
+        return self.paths
+
     def read(self, image: str) -> bytes:
         """The encoded bytes of one image."""
         place = self._rows[image]

@@ -151,6 +151,11 @@ def _methods_that_do_not_go_together(workplace: Workplace) -> tuple[str, ...]:
     return ("magnitude", "weights", "neurons")
 
 
+def _no_such_device(workplace: Workplace) -> tuple[str, ...]:
+    _edit(workplace, "healing:\n", "healing:\n  device: cuda:7\n")
+    return ("device cuda:7", "cpu or auto")
+
+
 def _preprocessing() -> dict[str, object]:
     from tests.flows.workplace import PREPROCESSING
 
@@ -172,6 +177,7 @@ MISTAKES = [
     _no_table,
     _budget_that_cannot_be_met,
     _methods_that_do_not_go_together,
+    _no_such_device,
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import keys
 from tasks.store import Store
 from tests.tasks import toy
 
@@ -31,7 +32,11 @@ def local(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def toy_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
-    """Puts the toy pipeline on the path; gives a function that says which stages ran so far."""
+    """Puts the toy pipeline on the path; gives a function that says which stages ran so far.
+
+    The word of its first stage is a moving name.
+    """
+    monkeypatch.setattr(keys, "MOVING", ("first.word",))
     log = tmp_path / "ran.log"
     log.touch()
     toy.write(tmp_path)

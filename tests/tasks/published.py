@@ -42,7 +42,7 @@ def model(top1: float | None, agreement: float, size: tuple[int, int, int, int],
         batch: {"median": t, "low": t * (1 - spread[batch]), "high": t * (1 + 1.3 * spread[batch]), "runs": 30}
         for batch, t in zip(spread, times, strict=False)
     }
-    sizes = {"parameters": parameters, "nonzeros": nonzeros, "macs": macs, "bytes": stored}
+    sizes = {"parameters": parameters, "nonzeros": nonzeros, "macs": macs, "bytes": stored, "bytes_unpacked": stored}
     return {"top1": top1, "agreement": agreement, **sizes} | ({"latency": latency} if times else {})
 
 

@@ -167,17 +167,21 @@ def test_parquet_that_is_none_is_refused(tmp_path: Path) -> None:
             source.read(image)
 
 
+def _digest(root: Path) -> str:
+    return data.digest(data.open_source(f"imagefolder:{root}"))
+
+
 def test_the_digest_is_of_ids_and_bytes_not_of_places_and_times(tmp_path: Path) -> None:
     one, two = folder(tmp_path / "one", NAMES), folder(tmp_path / "two", NAMES)
-    before = data.resolve(f"imagefolder:{one}")
+    before = _digest(one)
     os.utime(two / NAMES[0], (0, 0))
-    assert data.resolve(f"imagefolder:{two}") == before
+    assert _digest(two) == before
     stat = (one / NAMES[0]).stat()
     (one / NAMES[0]).write_bytes(picture(99))
     os.utime(one / NAMES[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert data.resolve(f"imagefolder:{one}") != before
+    assert _digest(one) != before
     (two / NAMES[0]).rename(two / "b/renamed.png")
-    assert data.resolve(f"imagefolder:{two}") != before
+    assert _digest(two) != before
 
 
 def test_the_digest_equals_its_definition(tmp_path: Path) -> None:

@@ -212,10 +212,30 @@ def test_what_a_source_points_to_is_a_digest_of_its_content(tmp_path: Path, adap
     assert resolved(f"dense.source=file:{tmp_path / 'w.pth'}", *FILE) != before[0]
     first = resolved(*adapter)
     assert resolved(*adapter) == first
-    (tmp_path / "own_networks.py").write_text(ADAPTER + "# changed\n")
+    (tmp_path / "own_networks.py").write_text(ADAPTER + "CHANGED = True\n")
     assert resolved(*adapter) != first
-    with pytest.raises(InputError, match="no module not_there"):
+    with pytest.raises(InputError, match=r"cannot be imported: No module named .not_there"):
         resolved("dense.source=adapter:not_there:build", "dense.adapter_allow=['not_there:build']")
+
+
+def test_the_code_of_an_adapter_counts_from_wherever_its_network_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "networks.py").write_text("from own_package.layers import build\n")
+    (package / "layers.py").write_text(ADAPTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    allowed = "dense.adapter_allow=['own_package.networks:build']"
+    of_adapter = ("dense.source=adapter:own_package.networks:build", allowed)
+    of_bundle = (f"dense.source=bundle:{tmp_path / 'out' / 'bundle'}", allowed)
+    first = made(tmp_path / "out", *of_adapter, *FACTS)
+    before = [resolved(*source) for source in (of_adapter, of_bundle)]
+    (package / "layers.py").write_text(ADAPTER.replace("nn.ReLU()", "nn.GELU()"))
+    assert all(resolved(*s) != b for s, b in zip((of_adapter, of_bundle), before, strict=True))
+    second = made(tmp_path / "again", *of_bundle)
+    assert second["digest"] == first["digest"] and second["code"] != first["code"]
 
 
 def test_a_timm_name_points_to_its_tag() -> None:

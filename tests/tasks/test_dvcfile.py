@@ -73,6 +73,7 @@ def test_a_new_stage_needs_one_row(toy_log: Callable[[], list[str]]) -> None:
             }
         },
         "metrics": [],
+        "plots": [],
     }
 
 

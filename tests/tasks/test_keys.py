@@ -13,7 +13,7 @@ import pytest
 
 from heal.errors import InputError
 from tasks import code, keys
-from tasks.keys import canonical, code_digest, flatten, key_of, stage_key
+from tasks.keys import canonical, flatten, key_of, stage_key
 from tasks.table import STAGES, Stage
 from tests.tasks import toy
 from tests.tasks.toy import ToyParams
@@ -54,7 +54,7 @@ def package(tmp_path: Path, toy_log: Callable[[], list[str]], monkeypatch: pytes
 
 
 def digest() -> str:
-    return code_digest("toy.stage", METHODS)
+    return canonical(code.hashes("toy.stage", METHODS))
 
 
 WEIGHTY = {
@@ -135,9 +135,9 @@ def test_the_digest_is_the_same_in_another_process_and_folder(package: Path, tmp
 
 def test_a_module_that_is_not_there_is_named(package: Path) -> None:
     with pytest.raises(InputError, match=r"module toy\.nothing is not there"):
-        code_digest("toy.nothing")
+        code.hashes("toy.nothing")
     with pytest.raises(InputError, match="package nowhere cannot be found"):
-        code_digest("nowhere.stage")
+        code.hashes("nowhere.stage")
 
 
 def test_files_beside_the_module_count(package: Path) -> None:

@@ -33,7 +33,7 @@ def store(tmp_path: Path, toy_log: Log) -> Store:
 def run_all(store: Store, params: ToyParams, resolved: dict[str, str] | None = None) -> dict[str, Ref]:
     refs: dict[str, Ref] = {}
     for name, stage in STAGES.items():
-        refs[name] = run_stage(stage, params, refs, store, resolved=resolved)
+        refs[name] = run_stage(stage, params, refs, store, resolve=lambda: resolved or {})
     return refs
 
 

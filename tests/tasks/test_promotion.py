@@ -39,7 +39,7 @@ def damage(version: str) -> None:
 
 
 def moves() -> list[tuple[str, str | None, str | None]]:
-    return [(move.alias, move.before, move.after) for move in promotion.history(NAME)]
+    return [(move.alias, move.before, move.after) for move in ledger.moves(NAME)]
 
 
 def test_a_good_challenger_becomes_champion(registered: dict[str, str], images: Tensor, labels: Tensor) -> None:

@@ -90,11 +90,12 @@ def test_an_alias_and_a_number_resolve_to_the_bundle(home: Path, bundles: dict[s
         assert registry.resolve(uri) == bundle.digest(bundles["dense"])
 
 
-def test_the_same_bundle_and_key_are_registered_once(home: Path, bundles: dict[str, Path]) -> None:
-    first = registry.register(bundles["dense"], NAME, tags={registry.KEY: "k"})
-    assert registry.register(bundles["dense"], NAME, tags={registry.KEY: "k"}) == first
-    assert registry.register(bundles["dense"], NAME, tags={registry.KEY: "other"}).version == "2"
-    assert registry.register(bundles["healed"], NAME, tags={registry.KEY: "k"}).version == "3"
+def test_the_same_bundle_is_registered_once_and_says_what_made_it_last(home: Path, bundles: dict[str, Path]) -> None:
+    made_of = [{registry.ARTIFACTS: json.dumps({"report": digest})} for digest in ("old", "new")]
+    first, again = (registry.register(bundles["dense"], NAME, tags=tags) for tags in made_of)
+    assert (first, again.tags[registry.ARTIFACTS]) == (again, made_of[1][registry.ARTIFACTS])
+    assert registry.referenced_artifacts() == {"new"}
+    assert registry.register(bundles["healed"], NAME).version == "2"
 
 
 def test_an_unfinished_version_does_not_exist(home: Path, bundles: dict[str, Path]) -> None:

@@ -19,7 +19,7 @@ from heal.errors import NumericalError
 from tasks import progress, state
 from tasks.manifest import Manifest
 from tasks.progress import Bar, Lines, Progress
-from tasks.runner import Ref, run_stage
+from tasks.runner import MovedError, Ref, run_stage
 from tasks.store import ArtifactGoneError, Store, StoreError
 from tests.tasks import toy
 from tests.tasks.conftest import forget
@@ -80,7 +80,7 @@ def test_a_changed_line_of_code_runs_its_stage_again(store: Store, toy_log: Log,
 
 
 def test_the_manifest_says_all_that_went_into_it(store: Store, toy_log: Log) -> None:
-    refs = run_all(store, resolved={"first.word": "abc"})
+    refs = run_all(store, resolve=lambda: {"first.word": "abc"})
     folder = store.materialise(refs["first"].digest)
     made = Manifest.load((folder / "manifest.json").read_bytes(), refs["first"].digest)
     about = made.record
@@ -91,6 +91,15 @@ def test_the_manifest_says_all_that_went_into_it(store: Store, toy_log: Log) -> 
     assert about.ingredients["code"].keys() == {"toy/first.py", "toy/shared.py"}
     assert about.host.keys() == {"machine", "cores", "device"} and "torch" in about.versions
     assert store.manifest(refs["second"].digest).record.ingredients["inputs"] == {"first": refs["first"].digest}
+
+
+def test_a_name_that_moves_under_its_stage_publishes_nothing(store: Store, toy_log: Log) -> None:
+    pointed = iter(["old", "new", "new", "new"])
+    with pytest.raises(MovedError, match=r"first\.word changed while stage first was reading it"):
+        run_first(store, resolve=lambda: {"first.word": next(pointed)})
+    assert not store.records("first")
+    assert not run_first(store, resolve=lambda: {"first.word": next(pointed)}).cached
+    assert toy_log() == ["first", "first"]
 
 
 def test_a_damaged_artifact_is_computed_again(store: Store, toy_log: Log, caplog: pytest.LogCaptureFixture) -> None:
