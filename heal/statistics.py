@@ -72,7 +72,7 @@ def moments(rows: Tensor, comoment: bool = False) -> LayerStats:
     shift = sample.sum(0).sum(0) / (sample.shape[0] * sample.shape[1])
     products = rows.new_zeros(channels, channels, dtype=torch.float32) if comoment else None
     sums, squares = (rows.new_zeros(channels, dtype=torch.float64) for _ in range(2))
-    for some in rows.split(TOGETHER):
+    for some in torch.split(rows, TOGETHER):
         centred = some.float() - shift
         if products is not None:
             flat = centred.reshape(-1, channels)

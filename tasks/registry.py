@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -127,7 +126,9 @@ def fetch_bundle(uri: str) -> Path:
 
 def answer(uri: str, images: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Load `uri` as a server would and predict: logits of `images` (None: of the version's input example)."""
-    with tempfile.TemporaryDirectory() as folder, _own_modules():
+    from tasks import serving
+
+    with tempfile.TemporaryDirectory() as folder, serving.own_modules():
         model = mlflow.pyfunc.load_model(uri, dst_path=folder)
         logits: NDArray[np.float32] = model.predict(model.input_example if images is None else images)
         return logits
@@ -318,7 +319,7 @@ def _log(bundle: Path, run_id: str, example: NDArray[np.float32], allow_adapters
     )
     # Made here, as MLflow would put it into an experiment of its own, with files in the working directory.
     model = client().create_logged_model(experiment(), name="model", source_run_id=run_id)
-    with _own_modules():
+    with serving.own_modules():
         Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
@@ -333,18 +334,6 @@ def _log(bundle: Path, run_id: str, example: NDArray[np.float32], allow_adapters
             input_example=example,
         )
     return str(model.model_id)
-
-
-@contextmanager
-def _own_modules() -> Iterator[None]:
-    """MLflow puts a model's copy of heal first on the path; this process must go on with its own."""
-    import heal.evaluation  # noqa: F401  the model's file asks for it, and must find this one
-
-    before = list(sys.path)
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _download(version: Version, folder: Path) -> None:

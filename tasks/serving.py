@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -37,3 +39,13 @@ def shapes(
 def requirements() -> list[str]:
     """The installed versions, pinned, without their local part (+cpu), which package indexes do not have."""
     return [f"{package}=={metadata.version(package).partition('+')[0]}" for package in PACKAGES]
+
+
+@contextmanager
+def own_modules() -> Iterator[None]:
+    """MLflow puts a model's copy of heal first on the path; this process goes on with its own, imported above."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
