@@ -55,7 +55,9 @@ golden: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 
 bench: $(STAMP)
-	for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python benchmarks/cost.py
+	@test -n "$(DATA)" || echo "for the tables on ImageNet give the folder that benchmarks/README.md describes: make bench DATA=..."
+	test -z "$(DATA)" || $(BIN)/python benchmarks/deit_tiny.py --data "$(DATA)"
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -99,6 +99,9 @@ def latency(
         list[int] | None, typer.Option("--batch", "-b", min=1, help="Batch size.", show_default="1, 32")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 30,
+    allow_adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapters whose code may be imported, as package.module:function.")
+    ] = None,
     output_json: Json = False,
 ) -> None:
     """Measure models side by side in this process: median and quartiles, and the ratio to the first.
@@ -107,21 +110,23 @@ def latency(
     """
     from flows import inspection
 
-    raise typer.Exit(inspection.latency(models, batch or [1, 32], rounds, output_json))
+    raise typer.Exit(inspection.latency(models, batch or [1, 32], rounds, allow_adapter or [], output_json))
 
 
 @app.command()
 def promote(
     name: Name = None,
     version: Annotated[str | None, typer.Option(help="The version; the challenger by default.")] = None,
+    params: ParamsFile = None,
+    override: Overrides = None,
 ) -> None:
     """Ask the gate about a version, and make it champion when it passes.
 
-    `regrow promote digits-vit --version 3`
+    `regrow promote digits-vit --version 3 -p digits.yaml`
     """
     from flows import inspection
 
-    raise typer.Exit(inspection.promote(name, version))
+    raise typer.Exit(inspection.promote(name, version, params, override or []))
 
 
 @app.command()
@@ -151,7 +156,7 @@ def history(name: Name = None, output_json: Json = False) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Check the surroundings and mend what a killed process left behind.
+    """Say where everything is, and close the MLflow runs that killed processes left open.
 
     `regrow doctor`
     """
@@ -174,6 +179,7 @@ def ui(port: Annotated[int, typer.Option(min=1024, max=65535)] = 5000) -> None:
 @store.command()
 def gc(
     keep_runs: Annotated[int, typer.Option(min=0, help="Keep what the last N runs used.")] = 20,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove artifacts that neither a registered version nor one of the last runs refers to.
 
@@ -181,7 +187,7 @@ def gc(
     """
     from flows import inspection
 
-    raise typer.Exit(inspection.collect_garbage(keep_runs))
+    raise typer.Exit(inspection.collect_garbage(keep_runs, dry_run))
 
 
 def _params_file(given: Path | None) -> Path:

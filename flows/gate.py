@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from heal import bundle
 from tasks import artifacts, models, promotion, registry
 from tasks.gate import Gate
 from tasks.images import load_evaluation
@@ -25,8 +24,7 @@ def ask(params: Params, dense: Path, calibration: Path, version: str, *, again: 
         return settled
     registry.register_dense(dense / "bundle", name, params.dense.adapter_allow)
     with tempfile.TemporaryDirectory(prefix="regrow-gate-") as work:
-        preprocessing = bundle.read(dense / "bundle")["preprocessing"]
-        images = load_evaluation(params.evaluation, preprocessing, Progress(Path(work)), calibration)
+        images = load_evaluation(params.evaluation, dense, calibration, Progress(Path(work)))
         return promotion.ask(
             name,
             version,
@@ -36,6 +34,7 @@ def ask(params: Params, dense: Path, calibration: Path, version: str, *, again: 
             again=again,
             allow_adapters=params.dense.adapter_allow,
             device=models.device_of(params.evaluation.device),
+            batch_size=params.evaluation.batch_size,
         )
 
 

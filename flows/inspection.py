@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     from tasks.params import Params
 
 
-def latency(models: list[str], batches: list[int], rounds: int, output_json: bool) -> int:
+def latency(models: list[str], batches: list[int], rounds: int, allow_adapters: list[str], output_json: bool) -> int:
     """Median seconds and quartiles of every model, side by side, and the ratio to the first."""
     from tasks import latency
 
     screen = Screen("json" if output_json else "plain")
     screen.say(f"eager, {rounds} rounds in turns; median (quartiles), times as fast as the first")
-    for timed in latency.compare(models, batches, rounds):
+    for timed in latency.compare(models, batches, rounds, allow_adapters):
         t = timed.latency
         spread = f"{1e3 * t.median:.1f} ms ({1e3 * t.low:.1f}-{1e3 * t.high:.1f})"
         screen.say(f"batch {timed.batch:<4} {timed.model:<40} {spread:<28} {timed.speedup:.2f}x")
@@ -32,14 +33,14 @@ def latency(models: list[str], batches: list[int], rounds: int, output_json: boo
     return 0
 
 
-def promote(name: str | None, version: str | None) -> int:
-    """Ask the gate of params.yaml about a version again. Gives 1 when it rejects."""
+def promote(name: str | None, version: str | None, file: Path | None, overrides: list[str]) -> int:
+    """Ask the gate of the params about a version again. Gives 1 when it rejects."""
     from flows import gate
     from tasks import registry
 
-    params = _params()
+    params = _params(file, overrides)
     if name not in (None, params.registration.name):
-        raise InputError(f"params.yaml is about {params.registration.name}; run this where the params of {name} are")
+        raise InputError(f"these params are about {params.registration.name}; name those of {name} with --params")
     name = params.registration.name
     wanted = version or registry.version_of(f"models:/{name}@challenger").version
     dense, calibration = _artifacts(params, "dense", "calibration")
@@ -104,21 +105,30 @@ def ui(port: int) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *address, *stored])
 
 
-def collect_garbage(keep_runs: int) -> int:
-    """Remove what neither a registered version nor one of the last runs refers to."""
-    from tasks import registry
+def collect_garbage(keep_runs: int, dry_run: bool) -> int:
+    """Remove what neither a registered version nor one of the last runs refers to.
+
+    Raises InputError for a store of its own without a registry: that it stands for nothing is seldom meant.
+    """
+    from tasks import mlflow_store, registry
     from tasks.gc import gc
 
-    freed = gc(Store(), registry.referenced_artifacts(), keep_runs)
+    uri = registry.tracking_uri()
+    if "REGROW_STORE" in os.environ and not mlflow_store.exists(uri):
+        raise InputError(
+            f"there is no registry at {mlflow_store.public(uri)} that says which artifacts of {Store().url} must stay; "
+            "set MLFLOW_TRACKING_URI or REGROW_HOME to the one that runs with this store use"
+        )
+    freed = gc(Store(), registry.referenced_artifacts(), keep_runs, dry_run=dry_run)
     for artifact in freed.artifacts:
         sys.stdout.write(f"{artifact.digest[:12]}  {artifact.stage:<13} {artifact.bytes / 1e6:8.1f} MB\n")
-    sys.stdout.write(f"freed {freed.bytes / 1e6:.1f} MB\n")
+    sys.stdout.write(f"{'would free' if dry_run else 'freed'} {freed.bytes / 1e6:.1f} MB\n")
     return 0
 
 
-def _params() -> Params:
-    file = Path("params.yaml")
-    return parameters.load(file if file.is_file() else None, [])
+def _params(file: Path | None = None, overrides: Sequence[str] = ()) -> Params:
+    default = Path("params.yaml")
+    return parameters.load(file or (default if default.is_file() else None), overrides)
 
 
 def _artifacts(params: Params, *stages: str) -> list[Path]:

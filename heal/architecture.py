@@ -14,6 +14,7 @@ from torch import nn
 
 from heal.compat import timm
 from heal.errors import ArchitectureError
+from heal.families.lookup import OWN_TABLE
 from heal.naming import nearest
 from heal.sameness import first_difference, plain
 from heal.surgery import shrink, widths
@@ -144,6 +145,12 @@ def changes(architecture: Architecture, model: nn.Module) -> Changes:
     found = Changes(cut, _added_biases(model, skeleton))
     found.apply(skeleton)
     difference = first_difference(model, skeleton)
+    if difference and hasattr(model, OWN_TABLE) and not hasattr(skeleton, OWN_TABLE):
+        raise ArchitectureError(
+            f"the table of this {type(model).__name__} (its {OWN_TABLE}) is not part of {architecture.source}:"
+            f"{architecture.name}, so its cuts cannot be built again; let a function of yours build the network and "
+            "set the table, and pass architecture=heal.Architecture('adapter', 'package.module:function')"
+        )
     if difference:
         raise ArchitectureError(
             f"{architecture.source}:{architecture.name} with {dict(architecture.kwargs)} does not build this "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard, cast, runtime_checkable
 
@@ -47,7 +48,10 @@ class Replay:
     def __len__(self) -> int:
         if is_array(self.images):
             return -(-self.images.shape[0] // self.batch_size)
-        return len(self.images) if isinstance(self.images, Sized) else sum(1 for _ in self)
+        if isinstance(self.images, Sized):
+            with suppress(TypeError):  # a DataLoader of a stream has the method and no length
+                return len(self.images)
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.starting_at(0)

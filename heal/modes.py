@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-Listener = Callable[[Tensor], None]
+Listener = Callable[[Any], None]
 
 
 @contextmanager
@@ -59,5 +59,5 @@ def _on_input(listener: Listener) -> Callable[[nn.Module, tuple[Any, ...]], None
     return lambda module, args: listener(args[0])
 
 
-def _on_output(listener: Listener) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+def _on_output(listener: Listener) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     return lambda module, args, output: listener(output)

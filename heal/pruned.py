@@ -31,7 +31,10 @@ def describe_cuts(model: nn.Module, pruned: Mask | ChannelCut) -> tuple[str, ...
 
 
 def refuse_broken(model: nn.Module) -> None:
-    """Raise WeightsError naming the first tensor that holds NaN or infinity."""
+    """Raise WeightsError naming the first tensor that holds NaN or infinity, or the first weight not in float32."""
+    for name, weight in model.named_parameters():
+        if weight.dtype != torch.float32:
+            raise WeightsError(f"weights: {name} is {weight.dtype}; statistics and healing take float32: model.float()")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"weights: {name} holds NaN or infinity; the model cannot be compressed as it is")

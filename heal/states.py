@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from heal.errors import ImagesError, NumericalError
+from heal.errors import ArchitectureError, ImagesError, NumericalError
 from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array
 from heal.modes import evaluating, listening
@@ -23,7 +23,11 @@ Layout = Literal["tokens", "maps"]
 
 @contextmanager
 def block_outputs(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """A dict that holds, after each forward pass, every block's output (with its gradient)."""
+    """A dict that holds, after each forward pass, every block's output (with its gradient).
+
+    Of a block that gives several values the first tensor counts. Raises ArchitectureError in the
+    forward pass when a block gives none.
+    """
     outputs: dict[str, Tensor] = {}
     with listening(model, {f"{block}.output": _keeper(outputs, block) for block in blocks}):
         yield outputs
@@ -160,9 +164,16 @@ def _length(x: Tensor) -> Tensor:
     return length.clamp_min(EPS)
 
 
-def _keeper(outputs: dict[str, Tensor], block: str) -> Callable[[Tensor], None]:
-    def keep(output: Tensor) -> None:
-        outputs[block] = output
+def _keeper(outputs: dict[str, Tensor], block: str) -> Callable[[object], None]:
+    def keep(output: object) -> None:
+        values = output if isinstance(output, (tuple, list)) else (output,)
+        first = next((value for value in values if isinstance(value, Tensor)), None)
+        if first is None:
+            raise ArchitectureError(
+                f"block {block} gives a {type(output).__name__}, not a tensor, so its state cannot be compared; give "
+                "the network a table (regrow_family) whose blocks give tensors"
+            )
+        outputs[block] = first
 
     return keep
 

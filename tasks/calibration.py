@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from tasks.progress import Progress
 
 ROW_GROUP = 64
+
+TOGETHER = 1024
+"""Encoded images in memory at once."""
 
 _SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("image", pa.binary(), nullable=False)])
 
@@ -67,16 +71,17 @@ class _Drawing:
             raise ImagesError(self._too_few(len(self.ids)))
         order = iter(shuffled(len(self.ids), self.section.seed, "calibration").tolist())
         while drawn < count:
-            number = next(order, None)
-            if number is None:
+            numbers = list(islice(order, min(count - drawn, TOGETHER)))
+            if not numbers:
                 raise ImagesError(self._too_few(drawn))
-            image = self.ids[number]
-            encoded = self.source.read(image)
-            if hashlib.sha256(encoded).hexdigest() in self.taken:
-                self.duplicates.append(image)
-            elif self._decodes(image, encoded):
-                drawn += 1
-                yield image, encoded
+            # In the order of the source: parquet gives whole row groups, and so each is read once.
+            read = {number: self.source.read(self.ids[number]) for number in sorted(numbers)}
+            for image, encoded in ((self.ids[number], read[number]) for number in numbers):
+                if hashlib.sha256(encoded).hexdigest() in self.taken:
+                    self.duplicates.append(image)
+                elif self._decodes(image, encoded):
+                    drawn += 1
+                    yield image, encoded
 
     def _decodes(self, image: str, encoded: bytes) -> bool:
         try:

@@ -76,6 +76,17 @@ def hashes(module: str, methods: Iterable[str] = (), files: Iterable[str] = ()) 
     return said | {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in _beside(module, files)}
 
 
+def locate(module: str) -> Path:
+    """The file of a module, found without importing anything. Raises InputError."""
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is not None:
+        found = _file({package: _folder(package)}, module) if rest else Path(spec.origin or "")
+        if found.is_file():
+            return found
+    raise InputError(f"there is no module {module}; install its package or set PYTHONPATH")
+
+
 def modules_in(package: str) -> list[str]:
     """The modules directly in a package, without its `__init__`; sorted."""
     folder = _file(_roots([package]), package).parent

@@ -20,7 +20,8 @@ DEFAULT_SPLIT = "train"
 class Source(Protocol):
     """Images by stable ids. `name` says which source this is, without a path of this machine.
 
-    files: what it reads and may change while the name stays; none for what is pinned.
+    labels: class indices, or names of classes. files: what it reads and may change while the name
+    stays; none for what is pinned.
     """
 
     @property
@@ -32,7 +33,7 @@ class Source(Protocol):
 
     def read(self, image: str, /) -> bytes: ...
 
-    def labels(self) -> Mapping[str, int] | None: ...
+    def labels(self) -> Mapping[str, int | str] | None: ...
 
 
 def open_source(spec: str) -> Source:
@@ -47,7 +48,8 @@ def for_calibration(calibration: str, evaluation: str) -> tuple[Source, list[str
     """The calibration source and the ids to draw from: none of them is an evaluation id."""
     source = open_source(calibration)
     ids = source.ids()
-    return source, [image for image in ids if not is_held_out(image)] if is_shared(calibration, evaluation) else [*ids]
+    split = is_shared(calibration, evaluation) or calibration == "digits"
+    return source, [image for image in ids if not (split and is_held_out(image))]
 
 
 def for_evaluation(evaluation: str, shared: bool) -> tuple[Source, list[str]]:
@@ -58,8 +60,8 @@ def for_evaluation(evaluation: str, shared: bool) -> tuple[Source, list[str]]:
 
 
 def is_shared(calibration: str, evaluation: str) -> bool:
-    """Whether both names mean one source. Digits is always split: the demo model is trained on the other part."""
-    return calibration == "digits" or _located(calibration) == _located(evaluation)
+    """Whether both names mean one source, which is then split. Digits always are: the demo model is trained on them."""
+    return _located(calibration) == _located(evaluation)
 
 
 def is_held_out(image: str) -> bool:
@@ -67,11 +69,13 @@ def is_held_out(image: str) -> bool:
     return int.from_bytes(hashlib.sha256(image.encode()).digest()[:8]) < HELD_OUT * 2**64
 
 
-def digest(source: Source, ids: Iterable[str] | None = None) -> str:
-    """SHA-256 over ids and bytes, in order; one image in memory at a time."""
+def digest(source: Source, ids: Iterable[str] | None = None, labelled: bool = False) -> str:
+    """SHA-256 over ids and bytes, in order, and labels if asked; one image in memory at a time."""
     total = hashlib.sha256()
+    labels = (source.labels() or {}) if labelled else {}
     for image in source.ids() if ids is None else ids:
-        total.update(f"{hashlib.sha256(source.read(image)).hexdigest()}  {image}\n".encode())
+        label = f"  {labels[image]!r}" if image in labels else ""
+        total.update(f"{hashlib.sha256(source.read(image)).hexdigest()}  {image}{label}\n".encode())
     return total.hexdigest()
 
 

@@ -19,6 +19,7 @@ from heal import bundle
 from heal.architecture import Architecture
 from heal.evaluation import predict, top1
 from heal.images import generator
+from tasks.classes import Classes
 from tasks.data import is_held_out
 from tasks.images import load_source
 from tasks.preprocessing import Preprocessing
@@ -46,8 +47,7 @@ def train_digits(output: Path, seed: int, progress: Progress, epochs: int = EPOC
 
     Same seed, same bits, whatever the number of threads: it takes one.
     """
-    array, labels, ids = load_source("digits", PREPROCESSING, output.parent)
-    assert labels is not None
+    array, labels, ids = load_source("digits", PREPROCESSING, Classes(10), output.parent)
     images, held_out = array[torch.arange(len(ids))], torch.tensor([is_held_out(image) for image in ids])
     progress.log(f"trains on {int((~held_out).sum())} labelled digits, {int(held_out.sum())} are held out")
     with torch.random.fork_rng(devices=[]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,12 +19,13 @@ from heal.architecture import Architecture, of
 from heal.bundle_format import DESCRIPTION, METADATA
 from heal.compat import timm
 from heal.errors import ArchitectureError, InputError, WeightsError
+from heal.evaluation import predict
 from heal.families.lookup import describe
 from heal.naming import nearest
 from heal.pruned import refuse_broken
 from heal.timm_config import preprocessing
 from tasks import artifacts, code, demo, mlflow_store, weights
-from tasks.preprocessing import parse
+from tasks.preprocessing import Preprocessing, parse
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -58,38 +58,50 @@ def resolve(params: Params) -> str:
         if is_digits and _is_to_train(section):
             return TRAINED
         version = registry.version_of(section.source)
-        return _with_code(version.digest, version.tags.get(registry.ADAPTER))
+        return _with_code(version.digest, version.tags.get(registry.ADAPTER), section)
     if kind == "bundle":
-        return _with_code(bundle.digest(name), bundle.adapter(Path(name)))
+        return _with_code(bundle.digest(name), bundle.adapter(Path(name)), section)
     if kind == "timm":
         return _sha256(f"timm:{_tagged(name)}")
     if kind == "file":
         adapter = (section.architecture or "").removeprefix("adapter:")
-        return _with_code(weights.digest(Path(name)), adapter if ":" in adapter else None)
-    return _with_code(weights.digest_of(_built(_architecture(section.source, section), section)), name)
+        return _with_code(weights.digest(Path(name)), adapter if ":" in adapter else None, section)
+    return _with_code(weights.digest_of(_built(_architecture(section.source, section), section)), name, section)
 
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
     """Write the bundle and dense.json. Raises InputError."""
     section = params.dense
     opened = _open(section, progress)
+    is_changed = _in_float32(opened.model, progress)
     refuse_broken(opened.model)
     metadata = _metadata(section, opened)
-    if opened.folder is not None and metadata == opened.known:
+    if opened.folder is not None and metadata == opened.known and not is_changed:
         digest = _copied(opened.folder, output / "bundle")
     else:
         mask = bundle.masks(opened.folder) if opened.folder is not None else None
         digest = bundle.save(
             opened.model, output / "bundle", architecture=opened.architecture, mask=mask, metadata=metadata
         )
-    parse(bundle.read(output / "bundle")["preprocessing"])
     family, parameters = describe(opened.model).name, cost.parameters(opened.model)
-    described = {"source": _public(section.source), "digest": digest, "family": family}
+    classes = _classes(opened.model, parse(bundle.read(output / "bundle")["preprocessing"]))
+    described = {"source": _public(section.source), "digest": digest, "family": family, "classes": classes}
     if opened.architecture.source == "adapter":  # what comes after depends on this code as well
         described["code"] = _code_digest(opened.architecture.name)
     artifacts.write_json(output / "dense.json", described)
     progress.log(f"{opened.architecture.name} of family {family}, {parameters:,} parameters")
     return {"parameters": float(parameters)}
+
+
+def _in_float32(model: nn.Module, progress: Progress) -> bool:
+    """Bring every weight to float32, in which everything is computed; whether there was another."""
+    others = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype != torch.float32}
+    if others:
+        progress.fallback(
+            f"weights are {', '.join(sorted(others))}: brought to float32, in which everything is computed"
+        )
+        model.float()
+    return bool(others)
 
 
 def _open(section: Dense, progress: Progress) -> _Opened:
@@ -147,6 +159,13 @@ def _from_bundle(folder: Path, section: Dense) -> _Opened:
 
 def _from_timm(name: str, kwargs: Mapping[str, Any]) -> _Opened:
     tagged = _tagged(name)
+    own = timm.get_pretrained_cfg(tagged)
+    asked = Architecture("timm", tagged.partition(".")[0], dict(kwargs)).kwargs.get("num_classes")
+    if own is not None and asked not in (None, own.num_classes):
+        raise ArchitectureError(
+            f"timm:{tagged} was trained for {own.num_classes} classes; with num_classes: {asked} its head would be "
+            "noise. Train it first, and name the result with file:PATH or bundle:PATH"
+        )
     try:
         model: nn.Module = timm.create_model(tagged, pretrained=True, **kwargs).eval()
     except (OSError, RuntimeError, ValueError, TypeError, HfHubHTTPError) as error:
@@ -202,6 +221,11 @@ def _preprocessing(asked: Mapping[str, Any], known: Mapping[str, Any] | None, op
     return parse({**own, **asked}).described()
 
 
+def _classes(model: nn.Module, preprocessing: Preprocessing) -> int:
+    """How many logits the network gives; an image of zeros is enough to see. Raises ArchitectureError."""
+    return predict(model, torch.zeros(1, 3, *preprocessing.size)).shape[1]
+
+
 def _copied(folder: Path, target: Path) -> str:
     """The bundle's own files, byte for byte, so that the same model is the same artifact from every source."""
     target.mkdir(parents=True)
@@ -210,23 +234,23 @@ def _copied(folder: Path, target: Path) -> str:
     return bundle.digest(target)
 
 
-def _with_code(digest: str, adapter: str | None) -> str:
-    """A network that an adapter builds is its weights and its code."""
-    return digest if adapter is None else _sha256(digest + _code_digest(adapter))
+def _with_code(digest: str, adapter: str | None, section: Dense) -> str:
+    """A network that an adapter builds is its weights and its code. Raises InputError unless params allow the code."""
+    if adapter is None:
+        return digest
+    if adapter not in section.adapter_allow:
+        raise InputError(
+            f"{section.source} is built by {adapter}, which is code to import; if you trust it, set "
+            f"dense.adapter_allow: ['{adapter}']"
+        )
+    return _sha256(digest + _code_digest(adapter))
 
 
 def _code_digest(adapter: str) -> str:
     """SHA-256 over the file that holds an adapter and, where that is in a package, all it imports there."""
     module = adapter.partition(":")[0]
-    try:
-        spec = importlib.util.find_spec(module)
-    except ImportError as error:
-        raise InputError(f"adapter {adapter}: {error}; install its package or set PYTHONPATH") from error
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise InputError(f"adapter {adapter}: there is no module {module}; install its package or set PYTHONPATH")
-    if "." not in module:
-        return code.hash_file(Path(spec.origin))
-    return _sha256(json.dumps(code.hashes(module), sort_keys=True))
+    file = code.locate(module)
+    return _sha256(json.dumps(code.hashes(module), sort_keys=True)) if "." in module else code.hash_file(file)
 
 
 def _split(source: str) -> tuple[str, str]:

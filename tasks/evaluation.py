@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from heal import bundle, cost
+from heal import cost
 from heal.evaluation import agreement, predict, top1
 from heal.progress import Report
 from tasks import artifacts, models
@@ -28,8 +28,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     folders = candidates(inputs)
     allowed = params.dense.adapter_allow
     networks = {name: models.load(folder, allowed, section.device) for name, folder in folders.items()}
-    preprocessing = bundle.read(inputs["dense"] / "bundle")["preprocessing"]
-    images = load_evaluation(section, preprocessing, progress, inputs["calibration"])
+    images = load_evaluation(section, inputs["dense"], inputs["calibration"], progress)
     measured: dict[str, Any] = {}
     logits: dict[str, Tensor] = {}
     for name, network in networks.items():

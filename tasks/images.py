@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from heal import bundle
 from heal.errors import ImagesError
 from tasks import artifacts, data
+from tasks.classes import Classes
 from tasks.image_array import ImageArray, array, load_calibration
 from tasks.preprocessing import Preprocessing, parse
 
@@ -32,43 +34,55 @@ class EvaluationImages:
     subsets: Sequence[str] | None
 
 
-def load_evaluation(
-    section: Evaluation, preprocessing: Mapping[str, Any], progress: Progress, calibration: Path
-) -> EvaluationImages:
+def load_evaluation(section: Evaluation, dense: Path, calibration: Path, progress: Progress) -> EvaluationImages:
     """The images that params.evaluation names, without those of the calibration artifact's side.
 
-    Labels are read when `evaluation.labels` allows it, and the log says so. Raises ImagesError.
+    dense, calibration: those stages' artifacts. Labels are read when `evaluation.labels` allows it,
+    and the log says so. Raises ImagesError.
     """
     shared = bool(artifacts.read_json(calibration / "calibration.json")["shared"])
     source, ids = data.for_evaluation(section.source, shared)
+    labels, subsets = read_labels(section, source, ids, Classes.of(dense))
+    progress.log(f"{len(ids)} images, labels are {'not read' if labels is None else 'read (evaluation.labels)'}")
     rows = ((image, source.read(image)) for image in ids)
-    pixels = array(rows, len(ids), parse(preprocessing), progress.checkpoints / "evaluation.npy")
+    preprocessing = parse(bundle.read(dense / "bundle")["preprocessing"])
+    pixels = array(rows, len(ids), preprocessing, progress.checkpoints / "evaluation.npy")
+    return EvaluationImages(pixels, ids, labels, subsets)
+
+
+def read_labels(
+    section: Evaluation, source: data.Source, ids: Sequence[str], classes: Classes
+) -> tuple[Tensor | None, Sequence[str] | None]:
+    """Class indices and subsets of these ids, as far as `evaluation.labels` allows. Raises ImagesError."""
     if section.labels is False:
-        progress.log(f"{len(ids)} images, labels are not read")
-        return EvaluationImages(pixels, ids, None, None)
-    progress.log(f"{len(ids)} images, labels are read (evaluation.labels)")
+        return None, None
     if section.labels is True:
-        return EvaluationImages(pixels, ids, _own_labels(source, ids), None)
+        return _tensor(classes.indices(_own_labels(source), source.name), ids), None
     table = data.read_labels(Path(section.labels), ids)
     subsets = None if section.subsets is None else table.column(section.subsets, ids)
-    return EvaluationImages(pixels, ids, torch.tensor([table.labels[image] for image in ids]), subsets)
+    return _tensor(classes.indices(table.labels, table.path.name), ids), subsets
 
 
-def load_source(spec: str, preprocessing: Preprocessing, work: Path) -> tuple[ImageArray, Tensor | None, list[str]]:
-    """All images of a source, their labels if it has them, and their ids."""
+def load_source(
+    spec: str, preprocessing: Preprocessing, classes: Classes, work: Path
+) -> tuple[ImageArray, Tensor, list[str]]:
+    """All images of a source, their labels, and their ids. Raises ImagesError."""
     source = data.open_source(spec)
     ids = list(source.ids())
     rows = ((image, source.read(image)) for image in ids)
-    labels = source.labels()
     pixels = array(rows, len(ids), preprocessing, work / "images.npy")
-    return pixels, None if labels is None else torch.tensor([labels[image] for image in ids]), ids
+    return pixels, _tensor(classes.indices(_own_labels(source), source.name), ids), ids
 
 
-def _own_labels(source: data.Source, ids: Sequence[str]) -> Tensor:
+def _tensor(labels: Mapping[str, int], ids: Sequence[str]) -> Tensor:
+    return torch.tensor([labels[image] for image in ids])
+
+
+def _own_labels(source: data.Source) -> Mapping[str, int | str]:
     labels = source.labels()
     if labels is None:
         raise ImagesError(
             f"evaluation.labels is true, but {source.name} has no labels; name a CSV file with columns file,label, "
             "or set it to false"
         )
-    return torch.tensor([labels[image] for image in ids])
+    return labels

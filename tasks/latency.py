@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,15 @@ class Timed:
     speedup: float
 
 
-def compare(models: Sequence[str], batches: Sequence[int], rounds: int) -> Iterator[Timed]:
+def compare(
+    models: Sequence[str], batches: Sequence[int], rounds: int, allow_adapters: Collection[str] = ()
+) -> Iterator[Timed]:
     """Measure folders of bundles, or models:/NAME@ALIAS; all on images of the first one's size.
 
     Raises InputError when that does not say its size.
     """
     folders = {name: _folder(name) for name in models}
-    networks = {name: bundle.load(folder) for name, folder in folders.items()}
+    networks = {name: bundle.load(folder, allow_adapters) for name, folder in folders.items()}
     size = (bundle.read(folders[models[0]])["preprocessing"] or {}).get("size")
     if size is None:
         raise InputError(f"{models[0]} does not say its input size (preprocessing.size in bundle.json); save it anew")

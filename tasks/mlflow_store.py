@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -117,10 +118,13 @@ def _database(uri: str) -> Path | None:
 def _reach(uri: str) -> None:
     """MLflow itself would retry a mistyped address for minutes."""
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+        # Without user and password, which urllib would take for the host.
+        urllib.request.urlopen(f"{public(uri).rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
         return  # somebody answers: a gateway in front of the server may know no such page
     except OSError as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            return  # somebody answers, too; which certificates to trust is MLflow's own setting
         raise UnreachableError(
             f"no MLflow server answers at MLFLOW_TRACKING_URI={public(uri)} ({error}); start it or correct the address"
         ) from error

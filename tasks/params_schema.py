@@ -25,9 +25,7 @@ Name = Annotated[
 ]
 Text = Annotated[str, Field(min_length=1)]
 Colour = tuple[float, float, float]
-Device = Annotated[
-    str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="one of auto, cpu, mps, cuda, cuda:N")
-]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="one of auto, cpu, cuda, cuda:N")]
 
 
 class Section(BaseModel):

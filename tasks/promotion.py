@@ -27,7 +27,7 @@ from tasks.gate import Gate, Measured, Verdict, judge
 from tasks.ledger import Move
 from tasks.registry import CHALLENGER, CHAMPION, DENSE, PREVIOUS, RegistryError
 
-VERDICT, MOVED = "regrow.verdict", "regrow.moved"
+VERDICT, MOVED, REMOVED = "regrow.verdict", "regrow.moved", "regrow.rolled_back"
 LATENCY_BATCH = 32
 CPU = torch.device("cpu")
 
@@ -72,6 +72,7 @@ def ask(
     again: bool = False,
     allow_adapters: Collection[str] = (),
     device: torch.device = CPU,
+    batch_size: int = 64,
 ) -> Decision:
     """Measure a version against the champion, judge it, and promote it if it passes; unless it is `settled`.
 
@@ -84,7 +85,7 @@ def ask(
     champion = registry.aliases(name).get(CHAMPION)
     with registry.lock(name):
         _point(name, CHALLENGER, version, "asks to be promoted")
-    verdict = judge(measure(name, version, champion, images, labels, gate, allow_adapters, device), gate)
+    verdict = judge(measure(name, version, champion, images, labels, gate, allow_adapters, device, batch_size), gate)
     if verdict.passed:
         move = promote(name, version, verdict, expect=champion)
         return Decision(name, version, champion, verdict, move, f"version {version} is the champion now")
@@ -96,13 +97,16 @@ def ask(
 def settled(name: str, version: str, gate: Gate, again: bool = False) -> Decision | None:
     """The outcome where there is nothing to measure, else None.
 
-    A version that was judged by these limits against this champion is not asked again: one that was
-    rolled back must not come back with the next schedule. A person may ask `again`.
+    A version that was judged by these limits against this champion is not asked again, and neither is
+    one that was rolled back: it must not come back with the next schedule. A person may ask `again`.
     """
     challenger = registry.version_of(f"models:/{name}/{version}")
     champion = registry.aliases(name).get(CHAMPION)
     if champion == version:
         return Decision(name, version, champion, None, None, f"version {version} is the champion already")
+    if challenger.tags.get(REMOVED) and not again:
+        reason = f"version {version} was rolled back; regrow promote asks again"
+        return Decision(name, version, champion, None, None, reason)
     last = json.loads(challenger.tags.get(VERDICT, "{}"))
     if again or not last or (last["gate"], last["champion"]) != (gate.digest, champion):
         return None
@@ -120,6 +124,7 @@ def measure(
     gate: Gate,
     allow_adapters: Collection[str] = (),
     device: torch.device = CPU,
+    batch_size: int = 64,
 ) -> Measured:
     """Load dense, champion and challenger from the registry and run them on the same images [n, 3, h, w].
 
@@ -132,7 +137,8 @@ def measure(
         folders[CHAMPION] = registry.fetch_bundle(f"models:/{name}/{champion}")
     networks = {who: bundle.load(folder, allow_adapters).to(device) for who, folder in folders.items()}
     # At first the champion is the dense model itself: nothing answers twice.
-    answers = {folder: predict(networks[who], images) for folder, who in {f: w for w, f in folders.items()}.items()}
+    holders = {folder: who for who, folder in folders.items()}
+    answers = {folder: predict(networks[who], images, batch_size) for folder, who in holders.items()}
     logits = {who: answers[folder] for who, folder in folders.items()}
     shares = {} if labels is None else {f"{who}_top1": top1(values, labels) for who, values in logits.items()}
     batch = next(iter(Replay(images, LATENCY_BATCH)))
@@ -185,19 +191,33 @@ def rollback(name: str, to: str | None = None) -> Move:
     """
     with registry.lock(name):
         held = registry.aliases(name)
-        target = to or held.get(PREVIOUS)
-        if target is None or target == held.get(CHAMPION):
-            known = ", ".join(version.version for version in registry.complete_versions(name)) or "none"
-            which = f"version {target} is the champion already" if target else "it has no previous champion"
-            raise RegistryError(f"{name} cannot be rolled back: {which}; name a version with --to (there are: {known})")
-        registry.version_of(f"models:/{name}/{target}")
+        target = _target(name, held, to)
         with _moved_back_on_failure(name, held, target):
             move = _crown(name, held, target, "rolled back")
             _check_serves(name, None)
+        if held.get(CHAMPION) is not None:
+            registry.set_tag(name, held[CHAMPION], REMOVED, move.when)
     return move
 
 
+def _target(name: str, held: dict[str, str], to: str | None) -> str:
+    """The version to go back to. Without `to` never one that was itself rolled back."""
+    target = to or held.get(PREVIOUS)
+    why = "it has no previous champion" if target is None else ""
+    if target is not None:
+        version = registry.version_of(f"models:/{name}/{target}")
+        if target == held.get(CHAMPION):
+            why = f"version {target} is the champion already"
+        elif to is None and version.tags.get(REMOVED):
+            why = f"the previous champion, version {target}, was rolled back"
+    if target is None or why:
+        known = ", ".join(version.version for version in registry.complete_versions(name)) or "none"
+        raise RegistryError(f"{name} cannot be rolled back: {why}; name a version with --to (there are: {known})")
+    return target
+
+
 def _crown(name: str, held: dict[str, str], version: str, reason: str, gate: str | None = None) -> Move:
+    registry.set_tag(name, version, REMOVED, "")
     if held.get(CHAMPION) is not None:
         _point(name, PREVIOUS, held.get(CHAMPION), reason)
     return _point(name, CHAMPION, version, reason, gate)

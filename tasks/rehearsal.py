@@ -21,7 +21,9 @@ from heal.families.lookup import describe
 from heal.method import Statistics, check, taps
 from heal.naming import nearest
 from heal.values import LayerStats
-from tasks import calibration, dense, models, registry
+from tasks import calibration, data, dense, models, registry
+from tasks.classes import Classes
+from tasks.images import read_labels
 from tasks.progress import Progress
 from tasks.store import Store
 from tasks.table import STAGES
@@ -40,6 +42,7 @@ def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) 
         for section in (params.activations, params.healing, params.evaluation):
             models.device_of(section.device)
         registry.refuse_other_dense(params.registration.name, bundle.digest(inputs["dense"] / "bundle"))
+        _refuse_labels(params, inputs["dense"])
         if not planned["calibration"].cached:
             output = _folder(Path(scratch) / "calibration")
             calibration.run(params.restrict(STAGES["calibration"].params), inputs, output, _silent(Path(scratch)))
@@ -64,6 +67,13 @@ def _refuse_names(params: Params) -> None:
     for name in params.evaluation.latency_models:
         if name not in known:
             raise InputError(f"evaluation.latency_models: there will be no model {name!r}; {nearest(name, known)}")
+
+
+def _refuse_labels(params: Params, dense: Path) -> None:
+    source, ids = data.for_evaluation(
+        params.evaluation.source, data.is_shared(params.calibration.source, params.evaluation.source)
+    )
+    read_labels(params.evaluation, source, ids, Classes.of(dense))
 
 
 def _zeros(model: nn.Module, wanted: Mapping[str, bool]) -> Statistics:

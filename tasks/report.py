@@ -52,11 +52,10 @@ def _templates() -> jinja2.Environment:
 def _page(facts: Facts) -> dict[str, Any]:
     rows, images = facts.rows, facts.images
     columns = summary.columns(rows, images)
-    classes = facts.bundle.get("class_names")
     return {
         "facts": facts,
         "verdict": verdict(rows, facts.kind, images),
-        "warnings": warnings(rows, facts.kind, len(classes) if classes else None),
+        "warnings": warnings(rows, facts.kind, facts.dense["classes"]),
         "highlights": list(_highlights(facts, columns)),
         "removed": reproduction.removed(facts),
         "names": [row.name for row in rows],

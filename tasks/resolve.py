@@ -25,19 +25,21 @@ def resolve(params: Params) -> dict[str, str]:
     import tasks.dense as dense
 
     found = {"dense.source": dense.resolve(params)}
-    for key, source in (("calibration", params.calibration.source), ("evaluation", params.evaluation.source)):
-        if source.startswith(LOCAL):
-            found[f"{key}.source"] = _images(source)
+    if params.calibration.source.startswith(LOCAL):
+        found["calibration.source"] = _images(params.calibration.source)
+    if params.evaluation.source.startswith(LOCAL):
+        found["evaluation.source"] = _images(params.evaluation.source, labelled=params.evaluation.labels is True)
     if isinstance(params.evaluation.labels, str):
         found["evaluation.labels"] = _file(Path(params.evaluation.labels))
     return found
 
 
-def _images(spec: str) -> str:
+def _images(spec: str, labelled: bool = False) -> str:
     from tasks import data
 
     source = data.open_source(spec)
-    return remembered.digest(spec, source.files(), lambda: data.digest(source))
+    named = f"{spec} with labels" if labelled else spec
+    return remembered.digest(named, source.files(), lambda: data.digest(source, labelled=labelled))
 
 
 def _file(path: Path) -> str:

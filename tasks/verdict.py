@@ -24,12 +24,14 @@ def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
     return f"{opening}; {_accuracy(rows, images)}."
 
 
-def warnings(rows: Sequence[Row], kind: str, classes: int | None) -> list[str]:
+def warnings(rows: Sequence[Row], kind: str, classes: int) -> list[str]:
     """Sentences for a reader who would otherwise trust the figures too much."""
     found = []
     dense, last = rows[0], rows[-1]
     pruned = next((row for row in rows if row.name == "pruned"), None)
-    if pruned is not None and pruned.top1 is not None and classes and pruned.top1 <= AT_CHANCE / classes:
+    if dense.top1 is not None and dense.top1 <= AT_CHANCE / classes:
+        found.append("The dense model itself is at chance on these images: labels, preprocessing or weights are wrong.")
+    elif pruned is not None and pruned.top1 is not None and pruned.top1 <= AT_CHANCE / classes:
         found.append(
             "Right after pruning the model was at chance, so healing started from noise. "
             "A smaller budget that leaves the pruned model above chance heals better."

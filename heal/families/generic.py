@@ -14,8 +14,13 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def generic(model: nn.Module) -> Family:
-    """Layers: every Linear and Conv2d but the last Linear, which is taken for the classifier."""
+    """Layers: every Linear and Conv2d but the last Linear, which is taken for the classifier.
+
+    Of layers that share one weight the first stands for all, so that no weight counts twice.
+    """
     layers = [name for name, module in model.named_modules() if _is_layer(model, name, module)]
+    first = {id(model.get_submodule(name).weight): name for name in reversed(layers)}
+    layers = [name for name in layers if name in first.values()]
     linear = [name for name in layers if isinstance(model.get_submodule(name), nn.Linear)]
     last = tuple(linear[-1:])
     blocks = _repeated(model)

@@ -37,6 +37,9 @@ CLASSES: dict[str, str] = {  # timm's class to its family; subclasses are of the
     "MobileNetV3": "efficientnet",
 }
 
+OWN_TABLE = "regrow_family"
+"""The attribute by which a network brings its own table."""
+
 
 def describe(model: nn.Module) -> Family:
     """The model's table; a network that no family knows gets the generic one, without channel groups.
@@ -44,7 +47,7 @@ def describe(model: nn.Module) -> Family:
     A model may bring its own as attribute `regrow_family`. Raises ArchitectureError when that names
     a module which the model does not have.
     """
-    own = getattr(model, "regrow_family", None)
+    own = getattr(model, OWN_TABLE, None)
     return _checked(own, model) if isinstance(own, Family) else FAMILIES[_family_name(model)](model)
 
 

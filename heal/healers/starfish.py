@@ -5,14 +5,15 @@ arXiv 2606.01126, and its official code. Loss: one minus the cosine of every tok
 output, mean over tokens and images, then over blocks; no labels, no logits, no augmentation. Only
 the weights of the prune scope train; Adam, cosine per step; batches replayed in one fixed order.
 Deviations: teacher states are kept as float16 unit rows (same cosine, no overflow); the student
-stays in eval mode (same for ViTs; for BatchNorm the code lets running statistics move).
+stays in eval mode (same for ViTs; for BatchNorm the code lets running statistics move); where the
+hardware multiplies bfloat16, `precision: auto` autocasts to it (the code is float32 throughout).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -54,10 +55,11 @@ class Starfish:
         """Train the student in place; the teacher is only read."""
         began = time.perf_counter()
         notes: list[str] = []
+        context = replace(context, log=_both(notes, context.log))
         order = shuffled(images.shape[0], context.seed, "healing order") if is_array(images) else None
         replay = Replay(images, self.batch_size, order)
         before = alignment(student, teacher, images)
-        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, _both(notes, context))
+        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, context.log)
         try:
             losses = self._train(student, teacher, replay, states, context)
         finally:
@@ -85,9 +87,9 @@ class Starfish:
             return fit(student, replay, loss, trainable, mask, schedule, context, "starfish")
 
 
-def _both(notes: list[str], context: HealContext) -> Callable[[str], None]:
-    def log(message: str) -> None:
+def _both(notes: list[str], log: Callable[[str], None]) -> Callable[[str], None]:
+    def note(message: str) -> None:
         notes.append(message)
-        context.log(message)
+        log(message)
 
-    return log
+    return note

@@ -16,8 +16,8 @@ class ImageFolder:
     """Ids are paths below the folder, with `/`, sorted; hidden files and other suffixes are passed over.
 
     The class is the first folder of the path: its number if all such folders are numbers, else its
-    rank among the sorted names. With a file outside any folder there are no labels. Links are
-    followed to files only, and only within the folder (others are refused).
+    name. With a file outside any folder there are no labels. Links are followed to files only, and
+    only within the folder (others are refused).
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,16 +44,17 @@ class ImageFolder:
         except OSError as error:
             raise ImagesError(f"{path} cannot be read: {error.strerror}") from error
 
-    def labels(self) -> Mapping[str, int] | None:
-        """Class indices by id, or None for a flat folder. Raises ImagesError when two folders mean one number."""
+    def labels(self) -> Mapping[str, int | str] | None:
+        """Class numbers or names by id, or None for a flat folder. Raises ImagesError for two folders of one number."""
         if any("/" not in image for image in self._ids):
             return None
         classes = {image: image.partition("/")[0] for image in self._ids}
-        names = sorted(set(classes.values()))
-        indices = _indices(names)
-        if len(set(indices.values())) < len(names):
+        names = set(classes.values())
+        if not all(name.isascii() and name.isdigit() for name in names):
+            return classes
+        if len({int(name) for name in names}) < len(names):
             raise ImagesError(f"{self.root}: two folders stand for one class number; keep one spelling of each")
-        return {image: indices[name] for image, name in classes.items()}
+        return {image: int(name) for image, name in classes.items()}
 
     @cached_property
     def _ids(self) -> list[str]:
@@ -61,12 +62,6 @@ class ImageFolder:
         if not found:
             raise ImagesError(f"{self.root} holds no image ({', '.join(sorted(SUFFIXES))}); check the path")
         return found
-
-
-def _indices(names: list[str]) -> dict[str, int]:
-    if all(name.isascii() and name.isdigit() for name in names):
-        return {name: int(name) for name in names}
-    return {name: index for index, name in enumerate(names)}
 
 
 def _images(folder: Path, prefix: str) -> Iterator[str]:

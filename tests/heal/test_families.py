@@ -302,6 +302,12 @@ def test_a_network_without_a_table_is_refused_with_the_known_families() -> None:
     assert "budget in weights" in message
 
 
+def test_layers_that_share_a_weight_count_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[2].weight = model[0].weight
+    assert describe(model).layers == ("0",)
+
+
 def test_a_network_may_bring_its_own_table() -> None:
     model = ResNet()
     group = ChannelGroup("stage1.0.conv1", ("stage1.0.conv1",), ("stage1.0.conv2",), ("stage1.0.bn1",))

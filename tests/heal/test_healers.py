@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from heal import masking, training
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.uniform import Uniform
-from heal.errors import ImagesError, NumericalError
+from heal.errors import ArchitectureError, ImagesError, NumericalError
+from heal.families.family import Family
 from heal.families.lookup import describe
 from heal.healers.closed_form import ClosedForm, solve
 from heal.healers.starfish import Starfish
@@ -224,6 +225,34 @@ def test_where_teacher_states_are_kept_does_not_change_a_bit(cache: int, spill: 
     Starfish(epochs=2, batch_size=4).heal(reference, model, images, HealContext({}, pruned))
     assert any(where in line for line in said)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), reference.parameters(), strict=True))
+
+
+class _Several(nn.Module):
+    """A block that gives its state and something else."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Sequential(nn.Linear(6, 6)), kind
+
+    def forward(self, x: Tensor | tuple[Tensor, ...]) -> object:
+        x = self.layer(x if isinstance(x, Tensor) else x[0])
+        return {"state": x} if self.kind is dict else self.kind([x, torch.zeros(1)])
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_of_a_block_that_gives_several_values_the_first_tensor_counts(kind: type) -> None:
+    model = nn.Sequential(_Several(kind), _Several(kind)).eval()
+    other = copy.deepcopy(model)
+    nn.init.normal_(other[1].layer[0].weight)
+    found = alignment(other, model, torch.randn(8, 1, 2, 6))
+    assert found["0"] == pytest.approx(1) and found["1"] < 0.99
+
+
+def test_a_block_without_a_tensor_is_refused_by_name() -> None:
+    model = nn.Sequential(_Several(tuple), _Several(dict)).eval()
+    model.regrow_family = Family("mine", layers=("0.layer.0",), blocks=("0", "1"))  # type: ignore[assignment]
+    with pytest.raises(ArchitectureError, match="block 1 gives a dict, not a tensor"):
+        alignment(model, model, torch.randn(8, 1, 2, 6))
 
 
 def test_a_loader_that_shuffles_is_refused() -> None:

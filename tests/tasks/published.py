@@ -76,7 +76,10 @@ def publish(
     bundle(inputs["healing"] / "bundle", name, classes, small)
     for between in reports[:-1]:
         bundle(inputs["healing"] / "after" / between["method"] / "bundle", name, classes, small)
-    write(inputs["dense"] / "dense.json", {"source": source, "digest": "cd" * 32, "family": "vit"})
+    write(
+        inputs["dense"] / "dense.json",
+        {"source": source, "digest": "cd" * 32, "family": "vit", "classes": len(classes or ()) or 1000},
+    )
     write(
         inputs["calibration"] / "calibration.json",
         {"source": "digits", "count": 512, "ids_digest": "ef" * 32, "preprocessing": {}, "skipped": []},

@@ -90,6 +90,23 @@ def test_a_larger_count_draws_the_smaller_one_first(dense: Path, pictures: Path,
     assert many[:4] == few
 
 
+def test_each_row_group_is_read_once(
+    dense: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row groups of a published data set hold a gigabyte; drawing at random must not read them again and again."""
+    groups: list[int] = []
+    read = pq.ParquetFile.read_row_group
+
+    def noted(file: pq.ParquetFile, group: int, columns: list[str]) -> Any:
+        groups.append(group)
+        return read(file, group, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    source = table(tmp_path / "many.parquet", 40)
+    ids, _ = drawn(dense, tmp_path / "out", *apart(pictures, tmp_path), f"calibration.source=parquet:{source}")
+    assert ids != sorted(ids) and len(groups) == len(set(groups))
+
+
 def test_no_label_is_read(dense: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks.sources.imagefolder import ImageFolder
 

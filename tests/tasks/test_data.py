@@ -70,7 +70,7 @@ def test_a_folder_is_read_sorted_and_recursively(tmp_path: Path) -> None:
     source = data.open_source(f"imagefolder:{root}")
     assert list(source.ids()) == ["a/1.PNG", "a/x/3.jpg", "b/2.png", "c/0.webp"]
     assert source.read("b/2.png") == (root / "b/2.png").read_bytes()
-    assert source.labels() == {"a/1.PNG": 0, "a/x/3.jpg": 0, "b/2.png": 1, "c/0.webp": 2}
+    assert source.labels() == {"a/1.PNG": "a", "a/x/3.jpg": "a", "b/2.png": "b", "c/0.webp": "c"}
     assert source.name == f"imagefolder:{root.name}"
 
 
@@ -182,6 +182,19 @@ def test_the_digest_is_of_ids_and_bytes_not_of_places_and_times(tmp_path: Path) 
     assert _digest(one) != before
     (two / NAMES[0]).rename(two / "b/renamed.png")
     assert _digest(two) != before
+
+
+def test_labels_that_are_read_are_part_of_the_digest(tmp_path: Path) -> None:
+    digests = []
+    for labels in ([4, 3], [4, 2]):
+        table(tmp_path / "0.parquet", 2, {"id": ["x", "y"], "label": labels})
+        source = data.open_source(f"parquet:{tmp_path}")
+        digests.append((data.digest(source), data.digest(source, labelled=True)))
+    assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
+
+
+def test_only_what_both_name_is_split() -> None:
+    assert not data.is_shared("digits", "imagefolder:pictures") and data.is_shared("digits", "digits")
 
 
 def test_the_digest_equals_its_definition(tmp_path: Path) -> None:

@@ -40,6 +40,18 @@ def build(width: int = 4) -> nn.Module:
 """
 
 
+UNTRUSTED = """
+import sys
+from heal.errors import InputError
+from tasks import dense
+from tasks.params import load
+try:
+    dense.resolve(load(None, sys.argv[1:]))
+except InputError:
+    print(*sys.modules)
+"""
+
+
 def made(output: Path, *overrides: str) -> dict[str, Any]:
     """Run the stage; dense.json."""
     output.mkdir(parents=True, exist_ok=True)
@@ -92,6 +104,7 @@ def test_a_file_of_weights_in_any_wrapping_is_read(tmp_path: Path, vit: nn.Modul
         "source": f"file:{path.name}",
         "digest": bundle.digest(tmp_path / "out" / "bundle"),
         "family": "vit",
+        "classes": 10,
     }
 
 
@@ -233,9 +246,35 @@ def test_the_code_of_an_adapter_counts_from_wherever_its_network_comes(
     first = made(tmp_path / "out", *of_adapter, *FACTS)
     before = [resolved(*source) for source in (of_adapter, of_bundle)]
     (package / "layers.py").write_text(ADAPTER.replace("nn.ReLU()", "nn.GELU()"))
+    with pytest.raises(InputError, match=r"built by own_package\.networks:build, which is code to import"):
+        resolved(of_bundle[0])
+    command = [sys.executable, "-c", UNTRUSTED, of_bundle[0]]
+    loaded = subprocess.check_output(command, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"})
+    assert "tasks.dense" in loaded and "own_package" not in loaded
     assert all(resolved(*s) != b for s, b in zip((of_adapter, of_bundle), before, strict=True))
     second = made(tmp_path / "again", *of_bundle)
     assert second["digest"] == first["digest"] and second["code"] != first["code"]
+
+
+def test_half_precision_is_brought_to_float32_and_said(tmp_path: Path, vit: nn.Module) -> None:
+    bundle.save(
+        vit.half(),
+        tmp_path / "given",
+        metadata={"preprocessing": {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}},
+    )
+    (tmp_path / "out").mkdir()
+    progress = Progress(tmp_path / "work")
+    params = load(None, [f"dense.source=bundle:{tmp_path / 'given'}"])
+    dense.run(params.restrict(["dense"]), {}, tmp_path / "out", progress)
+    model = bundle.load(tmp_path / "out" / "bundle")
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and "float16" in progress.fallbacks[0]
+    assert same(model.state_dict(), vit.float().state_dict())
+
+
+def test_another_number_of_classes_than_timm_trained_is_refused() -> None:
+    arguments = ("dense.source=timm:test_vit", "dense.architecture_args={num_classes: 7}")
+    with pytest.raises(ArchitectureError, match="was trained for 1000 classes"):
+        dense.run(load(None, arguments).restrict(["dense"]), {}, Path("nowhere"), Progress(Path("nowhere")))
 
 
 def test_a_timm_name_points_to_its_tag() -> None:

@@ -16,14 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from heal import bundle
 from heal.errors import ImagesError
 from heal.images import ImageArray as ImageArrayProtocol
 from heal.images import Replay, is_array
 from tasks import artifacts
+from tasks.classes import Classes
 from tasks.images import array, load_evaluation, load_source
 from tasks.params import load
 from tasks.preprocessing import Preprocessing, decode, parse
 from tasks.progress import Progress
+from tests.heal import nets
 from tests.tasks.pictures import folder, picture
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -178,10 +181,14 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 
 
 def evaluation(tmp_path: Path, shared: bool, *overrides: str):  # type: ignore[no-untyped-def]
+    """Of a network with ten classes."""
     artifacts.write_json(tmp_path / "calibration.json", {"shared": shared})
+    artifacts.write_json(tmp_path / "dense.json", {"classes": 10})
+    if not (tmp_path / "bundle").exists():
+        bundle.save(nets.build("vit"), tmp_path / "bundle", metadata={"preprocessing": SMALL.described()})
     heard = Heard()
     section = load(None, overrides).evaluation
-    return load_evaluation(section, SMALL.described(), Progress(tmp_path / "work", heard), tmp_path), heard.lines
+    return load_evaluation(section, tmp_path, tmp_path, Progress(tmp_path / "work", heard)), heard.lines
 
 
 def test_evaluation_reads_labels_only_when_allowed(tmp_path: Path) -> None:
@@ -193,6 +200,30 @@ def test_evaluation_reads_labels_only_when_allowed(tmp_path: Path) -> None:
     images, said = evaluation(tmp_path, False, source, "evaluation.labels=false")
     assert images.labels is None
     assert "labels are not read" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "found"),
+    [
+        (Classes(3, ("dog", "owl", "cat")), [2, 0]),
+        (Classes(2), [0, 1]),
+        (Classes(2, ("dog", "owl")), "no class 'cat'"),
+        (Classes(3), "names 2 classes, the network has 3"),
+    ],
+)
+def test_named_classes_count_by_their_place_among_the_networks(classes: Classes, found: list[int] | str) -> None:
+    labels = {"cat/1.png": "cat", "dog/2.png": "dog"}
+    if isinstance(found, list):
+        assert list(classes.indices(labels, "here").values()) == found
+    else:
+        with pytest.raises(ImagesError, match=found):
+            classes.indices(labels, "here")
+
+
+def test_a_label_beyond_the_networks_classes_is_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", ["3/a.png", "10/b.png"])
+    with pytest.raises(ImagesError, match=r"the label of 10/b\.png is 10, but the network has 10 classes, 0 to 9"):
+        evaluation(tmp_path, False, f"evaluation.source=imagefolder:{root}")
 
 
 def test_evaluation_takes_labels_and_subsets_from_a_table(tmp_path: Path) -> None:
@@ -219,6 +250,5 @@ def test_evaluation_keeps_to_its_side_of_a_shared_source(tmp_path: Path) -> None
 
 def test_a_whole_source_loads_with_its_labels(tmp_path: Path) -> None:
     root = folder(tmp_path / "images", ["0/a.png", "1/b.png"])
-    images, labels, ids = load_source(f"imagefolder:{root}", SMALL, tmp_path)
-    assert labels is not None
+    images, labels, ids = load_source(f"imagefolder:{root}", SMALL, Classes(2), tmp_path)
     assert (images.shape, labels.tolist(), ids) == ((2, 3, 8, 8), [0, 1], ["0/a.png", "1/b.png"])

@@ -171,12 +171,26 @@ def test_images_of_the_wrong_size_are_no_check_that_passes(registered: dict[str,
     assert registry.aliases(NAME)["champion"] == "1"
 
 
-def test_rolling_back_twice_returns(registered: dict[str, str]) -> None:
+def test_what_was_rolled_back_comes_back_by_name_only(registered: dict[str, str]) -> None:
     promotion.promote(NAME, "2", PASSED, expect="1")
     assert promotion.rollback(NAME).after == "1"
     assert registry.aliases(NAME) == {"dense": "1", "champion": "1", "previous": "2"}
-    assert promotion.rollback(NAME).after == "2"
+    with pytest.raises(RegistryError, match="the previous champion, version 2, was rolled back"):
+        promotion.rollback(NAME)
+    assert promotion.rollback(NAME, to="2").after == "2"
     assert promotion.rollback(NAME, to="3").after == "3"
+    assert promotion.rollback(NAME, to="2").after == "2", "named, it serves again"
+
+
+def test_a_schedule_does_not_bring_it_back_over_an_older_champion(
+    registered: dict[str, str], images: Tensor, labels: Tensor
+) -> None:
+    lax = Gate(max_drop_dense=1.0, max_drop_champion=1.0, min_agreement=0.0)
+    for name in ("healed", "ruined"):
+        assert promotion.ask(NAME, registered[name], lax, images, labels).promoted
+    promotion.rollback(NAME, to=registered["dense"])
+    decision = promotion.ask(NAME, registered["ruined"], lax, images, labels)
+    assert not decision.promoted and "was rolled back" in decision.reason
 
 
 @pytest.mark.parametrize(("to", "said"), [(None, "no previous champion"), ("1", "champion already"), ("9", "'9'")])

@@ -1,0 +1,56 @@
+"""The classes that a network tells apart, and labels brought to their indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from heal import bundle
+from heal.errors import ImagesError
+from heal.naming import nearest
+from tasks import artifacts
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How many there are, and their names in the order of the logits where these are known."""
+
+    count: int
+    names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, dense: Path) -> Classes:
+        """Those of the dense stage's artifact."""
+        names = bundle.read(dense / "bundle")["class_names"]
+        return cls(artifacts.read_json(dense / "dense.json")["classes"], None if names is None else tuple(names))
+
+    def indices(self, labels: Mapping[str, int | str], origin: str) -> dict[str, int]:
+        """Class indices by id. A name counts by its place among the classes' names; where these are unknown by
+        its rank among the labels, if there is one for every class.
+
+        Raises ImagesError for a label that the network has no class for.
+        """
+        places = self._places({label for label in labels.values() if isinstance(label, str)}, origin)
+        found = {image: places[label] if isinstance(label, str) else label for image, label in labels.items()}
+        beyond = next((image for image, index in found.items() if index >= self.count), None)
+        if beyond is not None:
+            raise ImagesError(
+                f"{origin}: the label of {beyond} is {found[beyond]}, but the network has {self.count} classes, 0 to "
+                f"{self.count - 1}; check evaluation.labels and dense.source"
+            )
+        return found
+
+    def _places(self, names: set[str], origin: str) -> dict[str, int]:
+        if self.names is not None:
+            known = {name: index for index, name in enumerate(self.names)}
+            unknown = sorted(names - known.keys())
+            if unknown:
+                raise ImagesError(f"{origin}: the network has no class {unknown[0]!r}; {nearest(unknown[0], known)}")
+            return known
+        if names and len(names) != self.count:
+            raise ImagesError(
+                f"{origin} names {len(names)} classes, the network has {self.count}: which is which is unknown. Name "
+                "them all in dense.class_names, use class numbers, or give evaluation.labels a CSV file"
+            )
+        return {name: rank for rank, name in enumerate(sorted(names))}
