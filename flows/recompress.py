@@ -68,7 +68,7 @@ class Road:
         """The road, with an MLflow run that ends as the flow ends."""
         params = parameters.load(None if params_file is None else Path(params_file), overrides)
         road = cls(params, Screen(output))
-        road.run_id = tracking.open_run(str(runtime.flow_run.id), params.flat())
+        road.run_id = tracking.open_run(str(runtime.flow_run.id), params.flat(), name=params.title)
         ending: tracking.Ending = "FAILED"
         os.environ["MLFLOW_RUN_ID"] = road.run_id
         try:

@@ -77,11 +77,7 @@ def _ensure_dense(params: Params, screen: Screen) -> None:
 
 
 def _header(params: Params, screen: Screen) -> None:
-    budget = params.allocation.budget.build()
-    screen.say(
-        f"regrow: {params.dense.source}, remove {budget.fraction:g} of {budget.unit} by {params.pruning.method}, "
-        f"heal by {' + '.join(params.healing.methods)} -> {params.registration.name}"
-    )
+    screen.say(f"regrow: {params.dense.source} -> {params.title}")
 
 
 def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> Decision:

@@ -76,8 +76,7 @@ def fit(
     optimiser = torch.optim.Adam(parameters, lr=schedule.lr, foreach=False)
     keep = {} if mask is None else _on_device(mask, trainable)
     device = parameters[0].device
-    schedule = replace(schedule, precision=_precision(device, schedule.precision))
-    context.log(f"precision: {schedule.precision} on {device.type}")
+    schedule = replace(schedule, precision=precision_on(device, schedule.precision))
     checkpoint = _Checkpoint(context, name, schedule, trainable, optimiser)
     losses = checkpoint.restore()
     batches = len(replay)
@@ -122,7 +121,7 @@ def _on_device(mask: Mask, trainable: Mapping[str, nn.Parameter]) -> dict[str, T
     return {name: keep.to(trainable[name]) for name, keep in names.items() if name in trainable}
 
 
-def _precision(device: torch.device, wanted: Precision) -> Precision:
+def precision_on(device: torch.device, wanted: Precision) -> Precision:
     """bfloat16 where the hardware multiplies it natively, else float32 (emulation is 20 times slower)."""
     if wanted != "auto":
         return wanted

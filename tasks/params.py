@@ -94,6 +94,13 @@ class Params:
     def promotion(self) -> schema.Promotion:
         return self._section("promotion", schema.Promotion)
 
+    @property
+    def title(self) -> str:
+        """What a run does: "digits-vit: remove 0.5 of neurons by variance, heal by closed_form + starfish"."""
+        budget, healers = self.allocation.budget.build(), " + ".join(self.healing.methods)
+        removed = f"remove {budget.fraction:g} of {budget.unit} by {self.pruning.method}"
+        return f"{self.registration.name}: {removed}, heal by {healers}"
+
     def allocator(self) -> Allocator:
         """The allocator that allocation.method names."""
         self._require("allocation")

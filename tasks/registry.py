@@ -141,12 +141,13 @@ def register(
     tags: Mapping[str, str] | None = None,
     input_example: NDArray[np.float32] | None = None,
     allow_adapters: Collection[str] = (),
+    description: str = "",
 ) -> Version:
     """Register a bundle under a name, once: a complete version of the same bundle gets the new tags instead.
 
     The version is logged inside the run `run_id` (None: the one of MLFLOW_RUN_ID, else a new one).
-    `tags` say where these bytes came from last; `input_example` [n, 3, h, w] defaults to noise of the
-    bundle's input size.
+    `tags` say where these bytes came from last, `description` what people see of them;
+    `input_example` [n, 3, h, w] defaults to noise of the bundle's input size.
     Its last tag is `regrow.complete`: a version without it does not exist for regrow.
     """
     from heal import bundle as bundles  # brings torch; reading the registry needs none
@@ -158,7 +159,7 @@ def register(
     with lock(name):
         found = next((v for v in complete_versions(name) if v.digest == wanted[DIGEST]), None)
         if found is None:
-            return _create(bundle, name, run_id, wanted, input_example, allow_adapters)
+            return _create(bundle, name, run_id, wanted, input_example, allow_adapters, description)
         for tag in wanted.items() - found.tags.items():
             set_tag(name, found.version, *tag)
         return version_of(found.uri)
@@ -172,7 +173,8 @@ def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()
     from heal import bundle as bundles  # brings torch
 
     refuse_other_dense(name, bundles.digest(bundle))
-    version = register(bundle, name, tags={"regrow.role": "dense"}, allow_adapters=allow_adapters)
+    said = "The dense model: what is compressed, and what results are compared with."
+    version = register(bundle, name, tags={"regrow.role": "dense"}, allow_adapters=allow_adapters, description=said)
     with lock(name):
         held = aliases(name)
         for alias in (DENSE, CHAMPION) if CHAMPION not in held else (DENSE,):
@@ -288,6 +290,7 @@ def _create(
     tags: Mapping[str, str],
     example: NDArray[np.float32] | None,
     allow_adapters: Collection[str],
+    description: str,
 ) -> Version:
     from tasks import serving
 
@@ -302,7 +305,10 @@ def _create(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise RegistryError(f"the model {name!r} cannot be made: {error.message}") from error
-    made = client().create_model_version(name, f"models:/{model_id}", run, tags=dict(tags), model_id=model_id)
+    source, tags = f"models:/{model_id}", dict(tags)
+    made = client().create_model_version(
+        name, source, run, tags=tags, model_id=model_id, description=description or None
+    )
     if own:
         client().set_terminated(run)
     set_tag(name, str(made.version), COMPLETE, "true")

@@ -1,4 +1,4 @@
-"""Stage: one page for people, report.html, and the same table for machines, summary.csv."""
+"""Stage: one page for people, report.html, its first sentence, and the same table for machines, summary.csv."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
-    """Write report.html (self-contained, the same bytes for the same inputs) and summary.csv."""
+    """Write report.html (self-contained, the same bytes for the same inputs), summary.csv and verdict.txt."""
     facts = gather(inputs)
     page = render(facts, params.report.title)
     (output / "report.html").write_text(page, encoding="utf-8", newline="\n")
     (output / "summary.csv").write_text(summary.comma_separated(facts.rows), encoding="utf-8", newline="\n")
-    progress.log(verdict(facts.rows, facts.kind, facts.images))
+    said = verdict(facts.rows, facts.kind, facts.images)
+    (output / "verdict.txt").write_text(f"{said}\n", encoding="utf-8", newline="\n")
+    progress.log(said)
     return {"bytes": float(len(page.encode()))}
 
 

@@ -40,10 +40,13 @@ def current_run() -> str | None:
     return os.environ.get("MLFLOW_RUN_ID") or None
 
 
-def open_run(identity: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None) -> str:
+def open_run(
+    identity: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None, name: str = ""
+) -> str:
     """The id of the run of this flow run: found again if it was opened before, so never doubled.
 
-    `params` are flat (see log_params). The run names this process, so that `close_dead_runs` can tell when it died.
+    `params` are flat (see log_params); `name` is what people see (its identity by default). The run
+    names this process, so that `close_dead_runs` can tell when it died.
     """
     if "'" in identity or not identity:
         raise ValueError(f"identity {identity!r} of a run must be non-empty and without quotes")
@@ -55,7 +58,8 @@ def open_run(identity: str, params: Mapping[str, Any] | None = None, tags: Mappi
             client.update_run(run_id, "RUNNING")
             registry.write(run_id, tags=wanted)
         else:
-            made = client.create_run(registry.experiment(), tags={FLOW_RUN: identity, **wanted}, run_name=identity)
+            marks = {FLOW_RUN: identity, "mlflow.source.name": "regrow", **wanted}
+            made = client.create_run(registry.experiment(), tags=marks, run_name=name or identity)
             run_id = str(made.info.run_id)
     log_params(run_id, params or {})
     return run_id

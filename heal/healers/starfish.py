@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -24,7 +24,7 @@ from heal.images import Images, Replay, is_array, shuffled
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.states import TeacherStates, alignment, block_outputs, cosine, rows
-from heal.training import Schedule, fit
+from heal.training import Schedule, fit, precision_on
 from heal.values import Mask
 
 
@@ -55,11 +55,13 @@ class Starfish:
         """Train the student in place; the teacher is only read."""
         began = time.perf_counter()
         notes: list[str] = []
-        context = replace(context, log=_both(notes, context.log))
+        log = _both(notes, context.log)
+        device = next(student.parameters()).device
+        log(f"precision: {precision_on(device, self.precision)} on {device.type}")
         order = shuffled(images.shape[0], context.seed, "healing order") if is_array(images) else None
         replay = Replay(images, self.batch_size, order)
         before = alignment(student, teacher, images)
-        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, context.log)
+        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, log)
         try:
             losses = self._train(student, teacher, replay, states, context)
         finally:

@@ -52,6 +52,7 @@ def inputs(tmp_path: Path, bundles: dict[str, Path]) -> dict[str, Path]:
     for name, content in contents.items():
         artifacts.write_json(tmp_path / "inputs" / name, content)
     (folders["report"] / "report.html").write_text("<p>")
+    (folders["report"] / "verdict.txt").write_text("Half the size.\n")
     return folders
 
 
