@@ -13,7 +13,6 @@ import shutil
 import sys
 import uuid
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 from heal.errors import HealError, InputError
@@ -53,7 +52,6 @@ def _run(stage: str, path: Path | None, overrides: Sequence[str]) -> Ref:
 
     store = Store()
 
-    @cache
     def resolved() -> Resolved:
         if bootstrap.is_needed(params):
             bootstrap.train_dense(params, store, fitting)
