@@ -21,6 +21,9 @@ from heal.values import LayerStats
 TOGETHER = 4
 """Images whose rows are summed at once. Measured on DeiT-Tiny: half the time of a whole batch of 32."""
 
+BLOCK = 128
+"""Channels whose products are formed at once. Measured on 768 channels: two thirds of the time of all at once."""
+
 SAMPLED = 8
 """Every so many rows make the shift; it need not be the mean, only near it."""
 
@@ -75,14 +78,20 @@ def moments(rows: Tensor, comoment: bool = False) -> LayerStats:
     for some in torch.split(rows, TOGETHER):
         centred = some.float() - shift
         if products is not None:
-            flat = centred.reshape(-1, channels)
-            products.addmm_(flat.T, flat)
+            _add_products(products, centred.reshape(-1, channels))
         sums += centred.sum(1).double().sum(0)
         squares += centred.square_().sum(1).double().sum(0)
     m2 = (squares - sums.square() / count).clamp_(min=0)
     if products is not None:
-        products = products.double() - torch.outer(sums, sums) / count
+        products = (products.triu() + products.triu(1).T).double() - torch.outer(sums, sums) / count
     return LayerStats(count, shift.double() + sums / count, m2, products)
+
+
+def _add_products(total: Tensor, rows: Tensor) -> None:
+    """total [c, c] += rows.T @ rows for rows [r, c], on and above the diagonal: the rest is the same again."""
+    for first in range(0, len(total), BLOCK):
+        block = rows[:, first : first + BLOCK]
+        total[first : first + BLOCK, first:].addmm_(block.T, rows[:, first:])
 
 
 class _Stream:
