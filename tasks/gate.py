@@ -76,7 +76,7 @@ class Criterion:
 
     def __str__(self) -> str:
         outcome = "passed" if self.passed else "rejected"
-        return f"{self.name:<18} {self.measured:<10.6g} limit {self.limit:<10.6g} {outcome}"
+        return f"{self.name:<18} {_shown(self.measured):<14} limit {_shown(self.limit):<14} {outcome}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ def _notes(measured: Measured, gate: Gate) -> Iterator[str]:
         yield "no labels: quality is judged by agreement with dense alone"
     elif measured.champion_top1 is None and gate.max_drop_champion is not None:
         yield "no champion yet: max_drop_champion does not apply"
+
+
+def _shown(value: float) -> str:
+    """Shares and ratios with four decimals, bytes and MACs in full."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _digest(content: object) -> str:

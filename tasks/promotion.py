@@ -104,7 +104,7 @@ def settled(name: str, version: str, gate: Gate, again: bool = False) -> Decisio
     champion = registry.aliases(name).get(CHAMPION)
     if champion == version:
         return Decision(name, version, champion, None, None, f"version {version} is the champion already")
-    if challenger.tags.get(REMOVED) and not again:
+    if REMOVED in challenger.tags and not again:
         reason = f"version {version} was rolled back; regrow promote asks again"
         return Decision(name, version, champion, None, None, reason)
     last = json.loads(challenger.tags.get(VERDICT, "{}"))
@@ -208,7 +208,7 @@ def _target(name: str, held: dict[str, str], to: str | None) -> str:
         version = registry.version_of(f"models:/{name}/{target}")
         if target == held.get(CHAMPION):
             why = f"version {target} is the champion already"
-        elif to is None and version.tags.get(REMOVED):
+        elif to is None and REMOVED in version.tags:
             why = f"the previous champion, version {target}, was rolled back"
     if target is None or why:
         known = ", ".join(version.version for version in registry.complete_versions(name)) or "none"
@@ -217,7 +217,8 @@ def _target(name: str, held: dict[str, str], to: str | None) -> str:
 
 
 def _crown(name: str, held: dict[str, str], version: str, reason: str, gate: str | None = None) -> Move:
-    registry.set_tag(name, version, REMOVED, "")
+    if REMOVED in registry.version_of(f"models:/{name}/{version}").tags:
+        registry.set_tag(name, version, REMOVED, None)
     if held.get(CHAMPION) is not None:
         _point(name, PREVIOUS, held.get(CHAMPION), reason)
     return _point(name, CHAMPION, version, reason, gate)

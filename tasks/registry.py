@@ -105,9 +105,12 @@ def set_alias(name: str, alias: str, version: str | None) -> None:
         client().set_registered_model_alias(name, alias, version)
 
 
-def set_tag(name: str, version: str, key: str, value: str) -> None:
-    """Tag a version; a value has at most 8000 characters."""
-    client().set_model_version_tag(name, version, key, value)
+def set_tag(name: str, version: str, key: str, value: str | None) -> None:
+    """Tag a version; a value has at most 8000 characters, None takes the tag away."""
+    if value is None:
+        client().delete_model_version_tag(name, version, key)
+    else:
+        client().set_model_version_tag(name, version, key, value)
 
 
 def fetch_bundle(uri: str) -> Path:
@@ -173,8 +176,7 @@ def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()
     from heal import bundle as bundles  # brings torch
 
     refuse_other_dense(name, bundles.digest(bundle))
-    said = "The dense model: what is compressed, and what results are compared with."
-    version = register(bundle, name, tags={"regrow.role": "dense"}, allow_adapters=allow_adapters, description=said)
+    version = register(bundle, name, None, {"regrow.role": "dense"}, None, allow_adapters, "The dense model.")
     with lock(name):
         held = aliases(name)
         for alias in (DENSE, CHAMPION) if CHAMPION not in held else (DENSE,):

@@ -61,7 +61,7 @@ def test_one_criterion_is_enough_to_reject(worse: dict[str, float | None], rejec
 def test_a_criterion_says_what_was_measured_and_what_is_allowed() -> None:
     (criterion,) = judge(GOOD, Gate(min_agreement=0.99)).criteria
     assert (criterion.measured, criterion.limit, criterion.passed) == (0.95, 0.99, False)
-    assert str(criterion).split() == ["min_agreement", "0.95", "limit", "0.99", "rejected"]
+    assert str(criterion).split() == ["min_agreement", "0.9500", "limit", "0.9900", "rejected"]
 
 
 def test_without_labels_only_agreement_judges_quality_and_the_verdict_says_so() -> None:
