@@ -35,6 +35,7 @@ Name = Annotated[str | None, typer.Argument(help="The registered model.", show_d
 def main() -> None:
     """The entry point: 0 done, 1 the run failed or the gate rejected, 2 the user must change something."""
     _quiet_the_stack()
+    sys.path.append(os.getcwd())  # adapters may lie in the working directory; last, so that they hide nothing
     try:
         app()
     except HealError as error:

@@ -56,6 +56,8 @@ def show_plan(file: Path, overrides: list[str], output_json: bool) -> int:
 
 def write_report(file: Path, overrides: list[str], output: Path) -> int:
     """Copy the report of the run that these params name. Raises InputError when it was not made yet."""
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {output.absolute().parent} to write {output.name} into; make it first")
     params = parameters.load(file, overrides)
     store = Store()
     stages = {stage.name: stage for stage in plan.plan(params, store, resolve.resolve(params))}
@@ -96,11 +98,10 @@ def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> 
 
 
 def _computed(file: Path | None, overrides: list[str], output: Output, screen: Screen) -> Decision:
+    # Before Prefect is imported: it warns when its folder is missing, and its server dies without a word.
+    Path(os.environ.get("PREFECT_HOME") or state.prefect_home()).mkdir(parents=True, exist_ok=True)
     from flows.recompress import recompress
 
-    Path(os.environ.get("PREFECT_HOME") or state.prefect_home()).mkdir(
-        parents=True, exist_ok=True
-    )  # Prefect's server dies without a word when it is missing
     outcome = recompress(None if file is None else str(file), overrides, output)
     for name, ref in outcome.references.items():
         screen.remember(name, ref.cached, ref.seconds, ref.metrics)

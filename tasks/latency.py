@@ -44,7 +44,7 @@ def compare(
 
 def _folder(name: str) -> Path:
     if not name.startswith("models:/"):
-        return Path(name)
+        return Path(name.removeprefix("bundle:"))
     from tasks import registry  # MLflow takes seconds to import
 
     return registry.fetch_bundle(name)
