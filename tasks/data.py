@@ -48,6 +48,7 @@ def for_calibration(calibration: str, evaluation: str) -> tuple[Source, list[str
     """The calibration source and the ids to draw from: none of them is an evaluation id."""
     source = open_source(calibration)
     ids = source.ids()
+    # Digits are split in any case: the demo's dense model is trained on this side of them.
     split = is_shared(calibration, evaluation) or calibration == "digits"
     return source, [image for image in ids if not (split and is_held_out(image))]
 
@@ -60,7 +61,7 @@ def for_evaluation(evaluation: str, shared: bool) -> tuple[Source, list[str]]:
 
 
 def is_shared(calibration: str, evaluation: str) -> bool:
-    """Whether both names mean one source, which is then split. Digits always are: the demo model is trained on them."""
+    """Whether both names mean one source, which is then split between them."""
     return _located(calibration) == _located(evaluation)
 
 
