@@ -1,7 +1,7 @@
 """DeiT-Tiny on real images: every row of the table is one `regrow run` of a committed preset.
 
-    python benchmarks/deit_tiny.py --data DATA            # all points; what is cached costs seconds
-    python benchmarks/deit_tiny.py --data DATA vbp-50     # those whose name begins so
+    python benchmarks/deit_tiny.py --data ../shared/data            # all points; what is cached costs seconds
+    python benchmarks/deit_tiny.py --data ../shared/data vbp-50     # those whose name begins so
 
 Writes deit_tiny.csv and deit_tiny.md beside this file, from every point that has run.
 """
@@ -74,12 +74,15 @@ POINTS = (
 def main() -> None:
     """Run the points that were asked for, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="with weights/ and imagenet/, see README.md")
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--missing", action="store_true", help="only the points that the table lacks")
     parser.add_argument("points", nargs="*", help="beginnings of names; default: all")
     options = parser.parse_args()
     rows = _known(HERE / "deit_tiny.csv")
     for point in POINTS:
         if options.points and not any(point.name.startswith(name) for name in options.points):
+            continue
+        if options.missing and any(_is_of(row, point) for row in rows):
             continue
         made = _run(point, options.data.resolve())
         rows = [row for row in rows if not _is_of(row, point)] + made

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool = False) -> int:
     """Run the road, or say that all of it is cached. Gives 1 when the gate rejects."""
-    from tasks import rehearsal
-
     began = time.monotonic()
     screen = Screen(output)
     params = parameters.load(file, overrides)
@@ -33,6 +31,8 @@ def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool =
     if all(stage.cached for stage in planned):
         decision = _all_cached(params, planned, screen)
     else:
+        from tasks import rehearsal  # torch, timm and MLflow: seconds, which a misspelled key need not wait for
+
         rehearsal.rehearse(params, {stage.name: stage for stage in planned}, Store())
         decision = _computed(file, overrides, output, screen)
     _ending(params, decision, screen, began, is_demo)

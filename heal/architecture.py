@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from heal.compat import timm
 from heal.errors import ArchitectureError
 from heal.families.lookup import OWN_TABLE
 from heal.naming import nearest
@@ -69,6 +68,8 @@ class Architecture:
         return asdict(self)
 
     def _timm(self) -> nn.Module:
+        from heal.compat import timm  # seconds, which reading a bundle need not wait for
+
         if not timm.is_model(self.name):
             raise ArchitectureError(f"timm has no model {self.name!r}; {nearest(self.name, timm.list_models())}")
         try:

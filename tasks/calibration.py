@@ -33,10 +33,8 @@ _SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("imag
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
     """Write images.parquet and calibration.json. Raises ImagesError."""
-    section, evaluation = params.calibration, params.evaluation.source
-    source, ids = data.for_calibration(section.source, evaluation)
-    drawing = _Drawing(section, source, ids, _contents(evaluation, data.is_shared(section.source, evaluation)))
-    progress.log(f"draws {section.count} of {len(ids)} images of {source.name}; labels are not read")
+    section, drawing = params.calibration, _drawing(params)
+    progress.log(f"draws {section.count} of {len(drawing.ids)} images of {drawing.source.name}; labels are not read")
     digest = hashlib.sha256()
     with (
         pq.ParquetWriter(output / "images.parquet", _SCHEMA, compression="none") as writer,
@@ -49,8 +47,22 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
             advance(len(group))
     for image in drawing.skipped:
         progress.log(f"skipped {image}: it cannot be decoded")
-    artifacts.write_json(output / "calibration.json", _described(drawing, digest.hexdigest(), evaluation, inputs))
+    artifacts.write_json(
+        output / "calibration.json", _described(drawing, digest.hexdigest(), params.evaluation.source, inputs)
+    )
     return {"images": float(section.count), "skipped": float(len(drawing.skipped))}
+
+
+def rehearse(params: Params) -> None:
+    """Draw and decode, and keep nothing. Raises ImagesError."""
+    for _ in _drawing(params).images():
+        pass
+
+
+def _drawing(params: Params) -> _Drawing:
+    section, evaluation = params.calibration, params.evaluation.source
+    source, ids = data.for_calibration(section.source, evaluation)
+    return _Drawing(section, source, ids, _contents(evaluation, data.is_shared(section.source, evaluation)))
 
 
 @dataclass

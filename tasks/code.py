@@ -113,30 +113,32 @@ def _beside(module: str, files: Iterable[str]) -> Iterator[tuple[str, Path]]:
 @lru_cache(maxsize=1024)
 def _hash(file: Path, modified: int, size: int) -> str:
     tree = ast.parse(file.read_bytes(), filename=str(file))
-    return hashlib.sha256("".join(_said(tree)).encode()).hexdigest()
+    said: list[str] = []
+    _say(tree, said)
+    return hashlib.sha256("".join(said).encode()).hexdigest()
 
 
-def _said(node: ast.AST) -> Iterator[str]:
+def _say(node: ast.AST, said: list[str]) -> None:
     """The tree as text. Not ast.unparse or ast.dump: both print the same code differently from one Python to the next
     (f-string quotes since 3.12, empty lists and type_params in 3.13), and a key must survive that."""
-    yield f"{type(node).__name__}("
+    said.append(f"{type(node).__name__}(")
     for field, value in ast.iter_fields(node):
         if field not in ("kind", "type_comment") and value is not None and value != []:
-            yield f"{field}="
-            yield from _value(value)
-    yield ")"
+            said.append(f"{field}=")
+            _say_value(value, said)
+    said.append(")")
 
 
-def _value(value: object) -> Iterator[str]:
+def _say_value(value: object, said: list[str]) -> None:
     if isinstance(value, ast.AST):
-        yield from _said(value)
+        _say(value, said)
     elif isinstance(value, list):
         for item in value:
             if not _weightless(item):
-                yield from _value(item)
-        yield ";"
+                _say_value(item, said)
+        said.append(";")
     else:
-        yield f"{value!r},"
+        said.append(f"{value!r},")
 
 
 def _weightless(node: object) -> bool:

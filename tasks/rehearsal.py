@@ -1,8 +1,8 @@
 """What a person got wrong, found before anything starts: sources are opened, methods checked, the budget tried.
 
-The first two stages run into a folder that is thrown away, because only they can find a corrupt
-image or weights that do not fit; the budget is divided on statistics that are all zero, because
-whether it can be met depends on shapes alone.
+What is quick to see comes first. The images are drawn and the model is opened for this alone, because
+only that can find a corrupt image or weights that do not fit; the budget is divided on statistics that
+are all zero, because whether it can be met depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heal.families.lookup import describe
 from heal.method import Statistics, check, taps
 from heal.naming import nearest
 from heal.values import LayerStats
-from tasks import calibration, data, dense, models, registry
+from tasks import calibration, data, dense, models
 from tasks.classes import Classes
 from tasks.images import read_labels
 from tasks.progress import Progress
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) -> None:
     """Raise the InputError that a run with these params would end in, without writing anything."""
+    for section in (params.activations, params.healing, params.evaluation):
+        models.device_of(section.device)
+    _refuse_names(params)
     with tempfile.TemporaryDirectory(prefix="regrow-rehearsal-") as scratch:
-        inputs = {"dense": _dense(params, planned["dense"], store, Path(scratch))}
-        _refuse_methods(params, models.load(inputs["dense"], params.dense.adapter_allow))
-        _refuse_names(params)
-        for section in (params.activations, params.healing, params.evaluation):
-            models.device_of(section.device)
-        registry.refuse_other_dense(params.registration.name, bundle.digest(inputs["dense"] / "bundle"))
-        _refuse_labels(params, inputs["dense"])
+        dense = _dense(params, planned["dense"], store, Path(scratch))
+        _refuse_methods(params, models.load(dense, params.dense.adapter_allow))
+        _refuse_labels(params, dense)
         if not planned["calibration"].cached:
-            output = _folder(Path(scratch) / "calibration")
-            calibration.run(params.restrict(STAGES["calibration"].params), inputs, output, _silent(Path(scratch)))
+            calibration.rehearse(params.restrict(STAGES["calibration"].params))
+        _refuse_name(params, dense)
 
 
 def _dense(params: Params, planned: PlannedStage, store: Store, scratch: Path) -> Path:
     if planned.digest is not None:
         return store.materialise(planned.digest)
-    output = _folder(scratch / "dense")
-    dense.run(params.restrict(STAGES["dense"].params), {}, output, _silent(scratch))
+    output = scratch / "dense"
+    output.mkdir()
+    dense.run(params.restrict(STAGES["dense"].params), {}, output, Progress(scratch / "checkpoints"))
     return output
 
 
@@ -67,6 +67,12 @@ def _refuse_names(params: Params) -> None:
     for name in params.evaluation.latency_models:
         if name not in known:
             raise InputError(f"evaluation.latency_models: there will be no model {name!r}; {nearest(name, known)}")
+
+
+def _refuse_name(params: Params, dense: Path) -> None:
+    from tasks import registry  # last, as MLflow takes seconds to import
+
+    registry.refuse_other_dense(params.registration.name, bundle.digest(dense / "bundle"))
 
 
 def _refuse_labels(params: Params, dense: Path) -> None:
@@ -84,12 +90,3 @@ def _width(model: nn.Module, tap: str) -> int:
     """Channels at a tap of a Linear or a convolution with one group."""
     name, _, side = tap.rpartition(".")
     return int(model.get_submodule(name).get_parameter("weight").shape[1 if side == "input" else 0])
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir()
-    return path
-
-
-def _silent(scratch: Path) -> Progress:
-    return Progress(scratch / "checkpoints")

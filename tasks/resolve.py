@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heal.errors import ImagesError
-from tasks import remembered
+from tasks import dense_source, remembered
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -21,16 +21,14 @@ def resolve(params: Params) -> dict[str, str]:
 
     Raises InputError subclasses when something named is not there.
     """
-    # Here, because a help text or a list of stages should not wait for them.
-    import tasks.dense as dense
-
-    found = {"dense.source": dense.resolve(params)}
+    found = {}
     if params.calibration.source.startswith(LOCAL):
         found["calibration.source"] = _images(params.calibration.source)
     if params.evaluation.source.startswith(LOCAL):
         found["evaluation.source"] = _images(params.evaluation.source, labelled=params.evaluation.labels is True)
     if isinstance(params.evaluation.labels, str):
         found["evaluation.labels"] = _file(Path(params.evaluation.labels))
+    found["dense.source"] = dense_source.resolve(params)  # last: it may import timm or MLflow
     return found
 
 

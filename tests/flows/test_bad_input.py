@@ -90,7 +90,7 @@ def _missing_folder(workplace: Workplace) -> tuple[str, ...]:
 def _empty_folder(workplace: Workplace) -> tuple[str, ...]:
     (workplace.folder / "empty").mkdir()
     _edit(workplace, "calibration: {source: digits", 'calibration: {source: "imagefolder:empty"')
-    return "empty holds no image"
+    return ("empty holds no image",)
 
 
 def _corrupt_image(workplace: Workplace) -> tuple[str, ...]:

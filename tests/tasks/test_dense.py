@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from heal import bundle
 from heal.errors import ArchitectureError, ImagesError, InputError, WeightsError
-from tasks import artifacts, demo, dense, registry
+from tasks import adapter_code, artifacts, demo, dense, dense_source, registry
 from tasks.params import load
 from tasks.progress import Progress
 from tests.heal import nets
@@ -43,10 +43,10 @@ def build(width: int = 4) -> nn.Module:
 UNTRUSTED = """
 import sys
 from heal.errors import InputError
-from tasks import dense
+from tasks import dense_source
 from tasks.params import load
 try:
-    dense.resolve(load(None, sys.argv[1:]))
+    dense_source.resolve(load(None, sys.argv[1:]))
 except InputError:
     print(*sys.modules)
 """
@@ -61,7 +61,7 @@ def made(output: Path, *overrides: str) -> dict[str, Any]:
 
 
 def resolved(*overrides: str) -> str:
-    return dense.resolve(load(None, overrides))
+    return dense_source.resolve(load(None, overrides))
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -250,10 +250,32 @@ def test_the_code_of_an_adapter_counts_from_wherever_its_network_comes(
         resolved(of_bundle[0])
     command = [sys.executable, "-c", UNTRUSTED, of_bundle[0]]
     loaded = subprocess.check_output(command, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"})
-    assert "tasks.dense" in loaded and "own_package" not in loaded
+    assert "tasks.dense_source" in loaded and "own_package" not in loaded
     assert all(resolved(*s) != b for s, b in zip((of_adapter, of_bundle), before, strict=True))
     second = made(tmp_path / "again", *of_bundle)
     assert second["digest"] == first["digest"] and second["code"] != first["code"]
+
+
+@pytest.mark.parametrize("changed", ["__init__.py", "deep/layers.py", "../their_helpers.py"])
+def test_everything_that_an_adapter_may_run_counts(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "their_package"
+    (package / "deep").mkdir(parents=True)
+    (package / "__init__.py").write_text("from their_package.deep.layers import build\n")
+    (package / "deep" / "__init__.py").touch()
+    (package / "deep" / "layers.py").write_text("import their_helpers\n" + ADAPTER)
+    (tmp_path / "their_helpers.py").write_text("WIDTH = 3\n")
+    (tmp_path / "stranger.py").write_text("WIDTH = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = adapter_code.digest("their_package:build")
+    (tmp_path / "stranger.py").write_text("WIDTH = 4\n")
+    with (package / changed).open("a") as file:
+        file.write("# a comment\n")
+    assert adapter_code.digest("their_package:build") == before
+    with (package / changed).open("a") as file:
+        file.write("CHANGED = True\n")
+    assert adapter_code.digest("their_package:build") != before
 
 
 def test_half_precision_is_brought_to_float32_and_said(tmp_path: Path, vit: nn.Module) -> None:
@@ -320,7 +342,7 @@ def test_a_missing_alias_trains_the_digits_model_in_its_place(tmp_path: Path, mo
     dense.run(load(None).restrict(["dense"]), {}, tmp_path / "out", progress)
     assert "models:/digits-vit@dense is not in the registry" in progress.fallbacks[0]
     assert bundle.read(tmp_path / "out" / "bundle")["class_names"] == [str(digit) for digit in range(10)]
-    assert resolved() == dense.TRAINED
+    assert resolved() == dense_source.TRAINED
 
 
 def test_a_missing_alias_or_version_is_refused_where_nothing_can_stand_in() -> None:
