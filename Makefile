@@ -55,7 +55,7 @@ golden: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/cost.py
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/cost.py
 	@test -n "$(DATA)" || echo "for the tables on ImageNet give the folder that benchmarks/README.md describes: make bench DATA=..."
 	test -z "$(DATA)" || $(BIN)/python benchmarks/deit_tiny.py --data "$(DATA)"
 

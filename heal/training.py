@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from heal.values import Mask
 PAUSE = 2.0
 """Seconds between checkpoints, at least."""
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
 
 Loss = Callable[[int, Tensor], Tensor]
 """(number of the batch, images [b, c, h, w]) -> scalar, float32."""
@@ -38,12 +38,12 @@ Loss = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Adam with a cosine from `lr` to `min_lr` over all steps, one step a batch."""
+    """Adam with a cosine from `lr` to `min_lr` over all steps, one step a batch, under autocast if in bfloat16."""
 
     epochs: int
     lr: float
     min_lr: float
-    precision: Precision = "auto"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -76,7 +76,6 @@ def fit(
     optimiser = torch.optim.Adam(parameters, lr=schedule.lr, foreach=False)
     keep = {} if mask is None else _on_device(mask, trainable)
     device = parameters[0].device
-    schedule = replace(schedule, precision=precision_on(device, schedule.precision))
     checkpoint = _Checkpoint(context, name, schedule, trainable, optimiser)
     losses = checkpoint.restore()
     batches = len(replay)
@@ -121,7 +120,7 @@ def _on_device(mask: Mask, trainable: Mapping[str, nn.Parameter]) -> dict[str, T
     return {name: keep.to(trainable[name]) for name, keep in names.items() if name in trainable}
 
 
-def precision_on(device: torch.device, wanted: Precision) -> Precision:
+def precision_on(device: torch.device, wanted: Precision | Literal["auto"]) -> Precision:
     """bfloat16 where the hardware multiplies it natively, else float32 (emulation is 20 times slower)."""
     if wanted != "auto":
         return wanted

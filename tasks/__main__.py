@@ -33,7 +33,7 @@ HEALED = Path("data/healed")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: done; 1: the stage failed; 2: the user must change something."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in flows/cli.py; before anything brings torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in flows/running.py; before anything brings torch
     options = _parser().parse_args(arguments)
     try:
         ref = _run(options.stage, options.params, options.set)

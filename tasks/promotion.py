@@ -22,7 +22,7 @@ from heal.bundle_format import WEIGHTS
 from heal.errors import HealError
 from heal.evaluation import agreement, predict, top1
 from heal.images import ImageArray, Replay
-from tasks import ledger, registry
+from tasks import ledger, mlflow_client, registry
 from tasks.gate import Gate, Measured, Verdict, judge
 from tasks.ledger import Move
 from tasks.registry import CHALLENGER, CHAMPION, DENSE, PREVIOUS, RegistryError
@@ -251,7 +251,7 @@ def _moved_back_on_failure(name: str, held: dict[str, str], version: str) -> Ite
 
 
 def _check_serves(name: str, images: NDArray[np.float32] | None) -> None:
-    logits = registry.answer(f"models:/{name}@{CHAMPION}", images)
+    logits = mlflow_client.predict(f"models:/{name}@{CHAMPION}", images)
     if logits.ndim != 2 or not np.isfinite(logits).all():
         raise PromotionError(f"it answers {list(logits.shape)}, finite: {bool(np.isfinite(logits).all())}")
 

@@ -33,7 +33,9 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         tags = _tags(inputs, section.licence)
         allowed = params.dense.adapter_allow
         said = (inputs["report"] / "verdict.txt").read_text().strip()
-        version = registry.register(healed, section.name, run_id, tags, allow_adapters=allowed, description=said)
+        version = registry.register(
+            healed, section.name, run_id=run_id, tags=tags, allow_adapters=allowed, description=said
+        )
     progress.log(f"registered as {version.uri}")
     registered = {"name": version.name, "version": version.version, "model_uri": version.uri}
     artifacts.write_json(output / "registration.json", registered | {"bundle_digest": digest, "run_id": run_id})

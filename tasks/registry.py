@@ -1,6 +1,6 @@
-"""The registry of models: versions, aliases, and the bundles behind them. The only file that imports MLflow.
+"""The registry of models: versions, aliases, and the bundles behind them.
 
-MLflow takes seconds to import: whoever needs this module imports it where it is needed.
+It brings MLflow, which takes seconds to import: whoever needs this module imports it where it is needed.
 """
 
 from __future__ import annotations
@@ -10,37 +10,26 @@ import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks import ledger, liveness, mlflow_store, state
+from tasks import ledger, liveness, mlflow_client, mlflow_store, state
+from tasks.mlflow_client import MlflowException, client
 from tasks.mlflow_store import RegistryError as RegistryError
 from tasks.mlflow_store import tracking_uri as tracking_uri
 
-mlflow_store.silence()  # before the import: MLflow reads the environment once
-
-import mlflow.pyfunc  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
-from mlflow.entities.model_registry import ModelVersion  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.models import Model, ModelSignature  # noqa: E402
-from mlflow.types import Schema, TensorSpec  # noqa: E402
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 DIGEST, COMPLETE, ARTIFACTS, ADAPTER = "regrow.digest", "regrow.complete", "regrow.artifacts", "regrow.adapter"
 DENSE, CHAMPION, CHALLENGER, PREVIOUS = "dense", "champion", "challenger", "previous"
-
-SERVED = Path(__file__).with_name("served_model.py")
-METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -127,19 +116,10 @@ def fetch_bundle(uri: str) -> Path:
     return folder
 
 
-def answer(uri: str, images: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Load `uri` as a server would and predict: logits of `images` (None: of the version's input example)."""
-    from tasks import serving
-
-    with tempfile.TemporaryDirectory() as folder, serving.own_modules():
-        model = mlflow.pyfunc.load_model(uri, dst_path=folder)
-        logits: NDArray[np.float32] = model.predict(model.input_example if images is None else images)
-        return logits
-
-
 def register(
     bundle: Path,
     name: str,
+    *,
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     input_example: NDArray[np.float32] | None = None,
@@ -154,6 +134,7 @@ def register(
     Its last tag is `regrow.complete`: a version without it does not exist for regrow.
     """
     from heal import bundle as bundles  # brings torch; reading the registry needs none
+    from tasks import serving
 
     wanted = {**(tags or {}), DIGEST: bundles.digest(bundle)}
     if (adapter := bundles.adapter(bundle)) is not None:
@@ -162,7 +143,10 @@ def register(
     with lock(name):
         found = next((v for v in complete_versions(name) if v.digest == wanted[DIGEST]), None)
         if found is None:
-            return _create(bundle, name, run_id, wanted, input_example, allow_adapters, description)
+            example = serving.example(bundle) if input_example is None else input_example
+            with _run(run_id, name) as run:
+                model_id = mlflow_client.log_model(bundle, run, example, allow_adapters)
+                return _new_version(name, model_id, run, wanted, description)
         for tag in wanted.items() - found.tags.items():
             set_tag(name, found.version, *tag)
         return version_of(found.uri)
@@ -176,7 +160,8 @@ def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()
     from heal import bundle as bundles  # brings torch
 
     refuse_other_dense(name, bundles.digest(bundle))
-    version = register(bundle, name, None, {"regrow.role": "dense"}, None, allow_adapters, "The dense model.")
+    marks = {"regrow.role": "dense"}
+    version = register(bundle, name, tags=marks, allow_adapters=allow_adapters, description="The dense model.")
     with lock(name):
         held = aliases(name)
         for alias in (DENSE, CHAMPION) if CHAMPION not in held else (DENSE,):
@@ -225,130 +210,36 @@ def lock(name: str) -> Iterator[None]:
         yield
 
 
-def client() -> MlflowClient:
-    """MLflow's client for the tracking address, its store made ready."""
-    uri = tracking_uri()
-    if mlflow.get_tracking_uri() != uri:
-        before = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(uri)
-        # It also writes the variable, which would then outlive a change of REGROW_HOME.
-        if before is None:
-            del os.environ["MLFLOW_TRACKING_URI"]
-    experiment()
-    return MlflowClient(uri)
-
-
-def experiment() -> str:
-    """The id of the experiment that holds the runs: MLFLOW_EXPERIMENT_NAME, or `regrow`."""
-    return _experiment(tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_NAME") or "regrow")
-
-
-def write(
-    run_id: str,
-    metrics: Sequence[tuple[str, float, int]] = (),
-    params: Mapping[str, str] | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> None:
-    """Write metrics (name, value, step), params and tags of a run in as few requests as MLflow takes."""
-    now = int(time.time() * 1000)
-    rows = [Metric(name, value, now, step) for name, value, step in metrics]
-    for start in range(0, len(rows), METRICS_PER_REQUEST):
-        client().log_batch(run_id, metrics=rows[start : start + METRICS_PER_REQUEST])
-    pairs = [Param(name, value) for name, value in (params or {}).items()]
-    for start in range(0, len(pairs), PARAMS_PER_REQUEST):
-        client().log_batch(run_id, params=pairs[start : start + PARAMS_PER_REQUEST])
-    if tags:
-        client().log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-
-
-def write_dataset(run_id: str, name: str, digest: str, context: str) -> None:
-    """Say that a run read a data set; MLflow keeps 36 characters of the digest, the source holds all."""
-    dataset = Dataset(name, digest[:36], "regrow", f'{{"digest": "{digest}"}}')
-    client().log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-
-
-@cache
-def _experiment(uri: str, name: str) -> str:
-    """Found or made by one process at a time, as the first to open a store also writes its first rows."""
-    mlflow_store.ready(uri)
-    opened = MlflowClient(uri)
-    with mlflow_store.locked(state.home() / "locks" / "experiments.lock"):
-        found = opened.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        try:
-            return str(opened.create_experiment(name, mlflow_store.artifact_location(uri)))
-        except MlflowException as error:  # another host was faster
-            found = opened.get_experiment_by_name(name)
-            if found is None:
-                raise RegistryError(f"the experiment {name!r} cannot be made: {error.message}") from error
-            return str(found.experiment_id)
-
-
-def _create(
-    bundle: Path,
-    name: str,
-    run_id: str | None,
-    tags: Mapping[str, str],
-    example: NDArray[np.float32] | None,
-    allow_adapters: Collection[str],
-    description: str,
-) -> Version:
-    from tasks import serving
-
+@contextmanager
+def _run(run_id: str | None, name: str) -> Iterator[str]:
+    """The run to write into: the given one, this process's, or a new one, which then ends here."""
     run = run_id or os.environ.get("MLFLOW_RUN_ID")
-    own = run is None
-    run = run or str(
-        client().create_run(experiment(), tags=liveness.identity(), run_name=f"register {name}").info.run_id
-    )
-    model_id = _log(bundle, run, serving.example(bundle) if example is None else example, allow_adapters)
+    if run:
+        yield run
+        return
+    marks = liveness.identity()
+    made = client().create_run(mlflow_client.experiment(), tags=marks, run_name=f"register {name}").info.run_id
+    yield str(made)
+    client().set_terminated(made)
+
+
+def _new_version(name: str, model_id: str, run: str, tags: Mapping[str, str], description: str) -> Version:
     try:
         client().create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise RegistryError(f"the model {name!r} cannot be made: {error.message}") from error
-    source, tags = f"models:/{model_id}", dict(tags)
     made = client().create_model_version(
-        name, source, run, tags=tags, model_id=model_id, description=description or None
+        name, f"models:/{model_id}", run, tags=dict(tags), model_id=model_id, description=description or None
     )
-    if own:
-        client().set_terminated(run)
     set_tag(name, str(made.version), COMPLETE, "true")
     return version_of(f"models:/{name}/{made.version}")
-
-
-def _log(bundle: Path, run_id: str, example: NDArray[np.float32], allow_adapters: Collection[str]) -> str:
-    """Log the served model in the run; its id. The code of heal travels along: it is on no package index."""
-    import heal
-    from tasks import serving
-
-    takes, gives = (
-        Schema([TensorSpec(np.dtype("float32"), shape)]) for shape in serving.shapes(bundle, example, allow_adapters)
-    )
-    # Made here, as MLflow would put it into an experiment of its own, with files in the working directory.
-    model = client().create_logged_model(experiment(), name="model", source_run_id=run_id)
-    with serving.own_modules():
-        Model.log(
-            artifact_path=None,
-            flavor=mlflow.pyfunc,
-            model_id=model.model_id,
-            run_id=run_id,
-            python_model=str(SERVED),
-            artifacts={"bundle": str(bundle)},
-            code_paths=[str(Path(heal.__file__).parent)],
-            model_config={"allow_adapters": sorted(allow_adapters)} if allow_adapters else None,
-            pip_requirements=serving.requirements(),
-            signature=ModelSignature(inputs=takes, outputs=gives),
-            input_example=example,
-        )
-    return str(model.model_id)
 
 
 def _download(version: Version, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as beside:
-        fetched = mlflow.artifacts.download_artifacts(f"{version.uri}/artifacts", dst_path=beside)
-        (bundle,) = Path(fetched).iterdir()
+        (bundle,) = mlflow_client.download(f"{version.uri}/artifacts", Path(beside)).iterdir()
         try:
             os.replace(bundle, folder)
         except OSError:

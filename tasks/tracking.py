@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tasks import liveness, mlflow_store, registry, state
+from tasks import liveness, mlflow_client, mlflow_store, state
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -50,16 +50,16 @@ def open_run(
     """
     if "'" in identity or not identity:
         raise ValueError(f"identity {identity!r} of a run must be non-empty and without quotes")
-    client, wanted = registry.client(), {**(tags or {}), **liveness.identity()}
+    client, wanted = mlflow_client.client(), {**(tags or {}), **liveness.identity()}
     with mlflow_store.locked(state.home() / "locks" / "runs.lock"):
-        found = client.search_runs([registry.experiment()], f"tags.`{FLOW_RUN}` = '{identity}'", max_results=1)
+        found = client.search_runs([mlflow_client.experiment()], f"tags.`{FLOW_RUN}` = '{identity}'", max_results=1)
         if found:
             run_id = str(found[0].info.run_id)
             client.update_run(run_id, "RUNNING")
-            registry.write(run_id, tags=wanted)
+            mlflow_client.write(run_id, tags=wanted)
         else:
             marks = {FLOW_RUN: identity, "mlflow.source.name": "regrow", **wanted}
-            made = client.create_run(registry.experiment(), tags=marks, run_name=name or identity)
+            made = client.create_run(mlflow_client.experiment(), tags=marks, run_name=name or identity)
             run_id = str(made.info.run_id)
     log_params(run_id, params or {})
     return run_id
@@ -67,7 +67,7 @@ def open_run(
 
 def close_run(run_id: str, status: Ending = "FINISHED") -> None:
     """End a run."""
-    registry.client().set_terminated(run_id, status)
+    mlflow_client.client().set_terminated(run_id, status)
 
 
 @contextmanager
@@ -88,50 +88,50 @@ def joined_run(identity: str, tags: Mapping[str, str] | None = None) -> Iterator
 
 def log_params(run_id: str, params: Mapping[str, Any]) -> None:
     """Write params, flat; the first value of a param stays. One that MLflow would cut goes into a file."""
-    known = registry.client().get_run(run_id).data.params
+    known = mlflow_client.client().get_run(run_id).data.params
     short: dict[str, str] = {}
     for name, value in params.items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
         if name in known:
             continue
         if len(text) > LONGEST_PARAM:
-            registry.client().log_text(run_id, text, f"params/{name}.txt")
+            mlflow_client.client().log_text(run_id, text, f"params/{name}.txt")
             text = f"sha256:{hashlib.sha256(text.encode()).hexdigest()} (params/{name}.txt)"
         short[name] = text
-    registry.write(run_id, params=short)
+    mlflow_client.write(run_id, params=short)
 
 
 def log_stage(run_id: str, stage: str, cached: bool, metrics: Mapping[str, float]) -> None:
     """Say how a stage ended: the tag regrow.stage.STAGE, and its metrics as STAGE/METRIC."""
     log_metrics(run_id, {f"{stage}/{name}": value for name, value in metrics.items()})
-    registry.write(run_id, tags={f"{STAGE}.{stage}": "cached" if cached else "computed"})
+    mlflow_client.write(run_id, tags={f"{STAGE}.{stage}": "cached" if cached else "computed"})
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
     """Write single numbers; one that the run already has is not written again."""
-    known = registry.client().get_run(run_id).data.metrics
-    registry.write(run_id, [(name, float(v), 0) for name, v in metrics.items() if known.get(name) != float(v)])
+    known = mlflow_client.client().get_run(run_id).data.metrics
+    mlflow_client.write(run_id, [(name, float(v), 0) for name, v in metrics.items() if known.get(name) != float(v)])
 
 
 def log_curve(run_id: str, name: str, values: Sequence[float]) -> None:
     """Write a curve, one value a step; steps that the run already has are not written again."""
-    known = {point.step for point in registry.client().get_metric_history(run_id, name)}
-    registry.write(run_id, [(name, float(value), step) for step, value in enumerate(values) if step not in known])
+    known = {point.step for point in mlflow_client.client().get_metric_history(run_id, name)}
+    mlflow_client.write(run_id, [(name, float(value), step) for step, value in enumerate(values) if step not in known])
 
 
 def log_artifact(run_id: str, path: Path, folder: str | None = None) -> None:
     """Keep a file with the run."""
-    registry.client().log_artifact(run_id, str(path), folder)
+    mlflow_client.client().log_artifact(run_id, str(path), folder)
 
 
 def log_dataset(run_id: str, name: str, digest: str, context: str) -> None:
     """Say which images a run read, and what for (`calibration`, `evaluation`)."""
-    registry.write_dataset(run_id, name, digest, context)
+    mlflow_client.write_dataset(run_id, name, digest, context)
 
 
 def dead_runs() -> list[DeadRun]:
     """Runs that a process of this host left open when it died; those of other hosts cannot be judged."""
-    if not mlflow_store.exists(registry.tracking_uri()):
+    if not mlflow_store.exists(mlflow_store.tracking_uri()):
         return []
     return [
         DeadRun(run.info.run_id, run.data.tags.get(FLOW_RUN, ""), int(run.data.tags[liveness.PID]))
@@ -151,7 +151,9 @@ def close_dead_runs() -> list[DeadRun]:
 def _running() -> Iterator[Run]:
     token = None
     while True:
-        page = registry.client().search_runs([registry.experiment()], "attributes.status = 'RUNNING'", page_token=token)
+        page = mlflow_client.client().search_runs(
+            [mlflow_client.experiment()], "attributes.status = 'RUNNING'", page_token=token
+        )
         yield from page
         if not (token := page.token):
             return

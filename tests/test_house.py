@@ -48,7 +48,7 @@ def test_one_file_speaks_mlflow_and_one_is_run_by_it() -> None:
     running = grimp.build_graph(
         *FLOORS, include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
     )
-    assert running.find_modules_that_directly_import("mlflow") == {"tasks.registry", "tasks.served_model"}
+    assert running.find_modules_that_directly_import("mlflow") == {"tasks.mlflow_client", "tasks.served_model"}
 
 
 def test_what_the_code_imports_is_declared(graph: grimp.ImportGraph) -> None:

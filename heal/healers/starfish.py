@@ -44,7 +44,7 @@ class Starfish:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        Schedule(self.epochs, self.lr, self.min_lr, self.precision)
+        Schedule(self.epochs, self.lr, self.min_lr)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -57,36 +57,42 @@ class Starfish:
         notes: list[str] = []
         log = _both(notes, context.log)
         device = next(student.parameters()).device
-        log(f"precision: {precision_on(device, self.precision)} on {device.type}")
+        schedule = Schedule(self.epochs, self.lr, self.min_lr, precision_on(device, self.precision))
+        log(f"precision: {schedule.precision} on {device.type}")
         order = shuffled(images.shape[0], context.seed, "healing order") if is_array(images) else None
         replay = Replay(images, self.batch_size, order)
         before = alignment(student, teacher, images)
         states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, log)
         try:
-            losses = self._train(student, teacher, replay, states, context)
+            losses = _train(student, teacher, replay, states, schedule, context)
         finally:
             states.close()
         after = alignment(student, teacher, images)
         return HealingReport("starfish", asdict(self), losses, before, after, time.perf_counter() - began, tuple(notes))
 
-    def _train(
-        self, student: nn.Module, teacher: nn.Module, replay: Replay, states: TeacherStates, context: HealContext
-    ) -> tuple[float, ...]:
-        family = describe(teacher)
-        names = [f"{layer}.weight" for layer in family.layers]
-        trainable = {name: student.get_parameter(name) for name in names}
-        mask = context.pruned if isinstance(context.pruned, Mask) else None
-        schedule = Schedule(self.epochs, self.lr, self.min_lr, self.precision)
-        with evaluating(teacher), block_outputs(student, family.blocks) as ours:
 
-            def loss(index: int, batch: Tensor) -> Tensor:
-                student(batch)
-                with torch.autocast(batch.device.type, enabled=False):
-                    targets = states.of(index, batch)
-                    terms = [1 - cosine(rows(ours[b], family.states), targets[b]) for b in family.blocks]
-                    return torch.stack(terms).mean()
+def _train(
+    student: nn.Module,
+    teacher: nn.Module,
+    replay: Replay,
+    states: TeacherStates,
+    schedule: Schedule,
+    context: HealContext,
+) -> tuple[float, ...]:
+    family = describe(teacher)
+    names = [f"{layer}.weight" for layer in family.layers]
+    trainable = {name: student.get_parameter(name) for name in names}
+    mask = context.pruned if isinstance(context.pruned, Mask) else None
+    with evaluating(teacher), block_outputs(student, family.blocks) as ours:
 
-            return fit(student, replay, loss, trainable, mask, schedule, context, "starfish")
+        def loss(index: int, batch: Tensor) -> Tensor:
+            student(batch)
+            with torch.autocast(batch.device.type, enabled=False):
+                targets = states.of(index, batch)
+                terms = [1 - cosine(rows(ours[b], family.states), targets[b]) for b in family.blocks]
+                return torch.stack(terms).mean()
+
+        return fit(student, replay, loss, trainable, mask, schedule, context, "starfish")
 
 
 def _both(notes: list[str], log: Callable[[str], None]) -> Callable[[str], None]:

@@ -48,7 +48,7 @@ def test_the_champion_is_the_healed_version_and_serves(walked: Workplace, monkey
     import numpy as np
 
     from heal import bundle
-    from tasks import registry
+    from tasks import mlflow_client, registry
 
     monkeypatch.setenv("REGROW_HOME", str(walked.home))
     held = registry.aliases("tiny")
@@ -59,7 +59,7 @@ def test_the_champion_is_the_healed_version_and_serves(walked: Workplace, monkey
     import torch
 
     expected = bundle.load(folder)(torch.from_numpy(images)).detach().numpy()
-    np.testing.assert_allclose(registry.answer("models:/tiny@champion", images), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mlflow_client.predict("models:/tiny@champion", images), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_another_learning_rate_runs_what_depends_on_it_and_says_why(walked: Workplace) -> None:

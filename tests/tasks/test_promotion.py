@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from tasks import ledger, promotion, registry, state
+from tasks import ledger, mlflow_client, promotion, registry, state
 from tasks.gate import Gate, Measured, Verdict, judge
 from tasks.promotion import ChampionMovedError, PromotionError
 from tasks.registry import RegistryError
@@ -33,7 +33,7 @@ def registered(home: Path, bundles: dict[str, Path]) -> dict[str, str]:
 
 def damage(version: str) -> None:
     """Spoil the weights that a version would be served from."""
-    source = Path(registry.client().get_model_version_download_uri(NAME, version).removeprefix("file://"))
+    source = Path(mlflow_client.client().get_model_version_download_uri(NAME, version).removeprefix("file://"))
     (weights,) = source.rglob("weights.safetensors")
     weights.write_bytes(b"damaged")
 
@@ -149,7 +149,7 @@ def test_a_version_that_does_not_load_is_moved_back(registered: dict[str, str]) 
 def test_an_answer_that_is_not_finite_is_moved_back(
     registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "answer", lambda uri, images: np.full((1, 10), np.nan, np.float32))
+    monkeypatch.setattr(mlflow_client, "predict", lambda uri, images: np.full((1, 10), np.nan, np.float32))
     with pytest.raises(PromotionError, match="finite: False"):
         promotion.promote(NAME, "2", PASSED, expect="1")
     assert registry.aliases(NAME) == {"dense": "1", "champion": "1"}
@@ -159,7 +159,7 @@ def test_an_interrupted_check_is_moved_back(registered: dict[str, str], monkeypa
     def interrupted(uri: str, images: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(registry, "answer", interrupted)
+    monkeypatch.setattr(mlflow_client, "predict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         promotion.promote(NAME, "2", PASSED, expect="1")
     assert registry.aliases(NAME)["champion"] == "1"

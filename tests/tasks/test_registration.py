@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from heal import bundle
-from tasks import artifacts, params, registration, registry, state, tracking
+from tasks import artifacts, mlflow_client, params, registration, registry, state, tracking
 from tasks.manifest import DamagedError
 from tasks.mlflow_store import UnreachableError
 from tasks.params import Params
@@ -78,11 +78,11 @@ def test_the_version_is_the_healed_bundle(
     assert registered.keys() == {"name", "version", "model_uri", "bundle_digest", "run_id"}
     assert (registered["name"], registered["version"], registered["bundle_digest"]) == (NAME, "1", digest)
     assert registry.resolve(registered["model_uri"]) == digest
-    assert registry.client().get_run(registered["run_id"]).info.status == "FINISHED"
+    assert mlflow_client.client().get_run(registered["run_id"]).info.status == "FINISHED"
 
 
 def test_the_run_tells_what_made_it(home: Path, declared: Params, inputs: dict[str, Path], tmp_path: Path) -> None:
-    found = registry.client().get_run(run(declared, inputs, tmp_path)["run_id"])
+    found = mlflow_client.client().get_run(run(declared, inputs, tmp_path)["run_id"])
     assert found.data.params == {
         "dense.source": "timm:vit",
         "calibration.source": "digits",
@@ -96,7 +96,7 @@ def test_the_run_tells_what_made_it(home: Path, declared: Params, inputs: dict[s
     assert found.data.metrics["dense/top1"] == 0.9
     assert found.data.metrics["after closed_form/latency_batch1_seconds"] == 0.5
     assert "healed/top1" not in found.data.metrics
-    curve = registry.client().get_metric_history(found.info.run_id, "healing/starfish/loss")
+    curve = mlflow_client.client().get_metric_history(found.info.run_id, "healing/starfish/loss")
     assert [point.value for point in sorted(curve, key=lambda point: point.step)] == LOSSES
     assert found.inputs is not None
     (data,) = found.inputs.dataset_inputs
@@ -126,7 +126,7 @@ def test_the_run_of_the_flow_is_used_and_left_open(
     flow = tracking.open_run("flow-1", {"healing.starfish.lr": 6e-4, "healing.methods": "closed_form, starfish"})
     monkeypatch.setenv("MLFLOW_RUN_ID", flow)
     assert run(declared, inputs, tmp_path)["run_id"] == flow
-    assert registry.client().get_run(flow).info.status == "RUNNING"
+    assert mlflow_client.client().get_run(flow).info.status == "RUNNING"
 
 
 def test_a_registration_is_valid_while_its_version_is(
@@ -138,7 +138,7 @@ def test_a_registration_is_valid_while_its_version_is(
     monkeypatch.setenv("REGROW_HOME", str(tmp_path / "another"))
     assert not registration.still_valid(output)
     monkeypatch.setenv("REGROW_HOME", str(home))
-    registry.client().delete_model_version(NAME, registered["version"])
+    mlflow_client.client().delete_model_version(NAME, registered["version"])
     assert not registration.still_valid(output)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(UnreachableError):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from heal import bundle
 from heal.architecture import Architecture
 from heal.errors import ArchitectureError, InputError
-from tasks import ledger, mlflow_store, registry, state
+from tasks import ledger, mlflow_client, mlflow_store, registry, state
 from tasks.registry import RegistryError
 from tests.tasks.processes import process
 
@@ -100,7 +100,7 @@ def test_the_same_bundle_is_registered_once_and_says_what_made_it_last(home: Pat
 
 def test_an_unfinished_version_does_not_exist(home: Path, bundles: dict[str, Path]) -> None:
     version = registry.register(bundles["dense"], NAME)
-    registry.client().delete_model_version_tag(NAME, version.version, registry.COMPLETE)
+    mlflow_client.client().delete_model_version_tag(NAME, version.version, registry.COMPLETE)
     with pytest.raises(RegistryError, match="no finished regrow version"):
         registry.resolve(version.uri)
     assert registry.register(bundles["dense"], NAME).version == "2"
@@ -138,19 +138,19 @@ def test_a_tag_that_is_no_digest_names_no_folder(home: Path, bundles: dict[str, 
 def test_a_version_is_logged_in_the_given_run(
     home: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [registry.client().create_run(registry.experiment()).info.run_id for _ in range(2)]
+    runs = [mlflow_client.client().create_run(mlflow_client.experiment()).info.run_id for _ in range(2)]
     monkeypatch.setenv("MLFLOW_RUN_ID", runs[1])
-    versions = [registry.register(bundles["dense"], NAME, runs[0]), registry.register(bundles["healed"], NAME)]
-    found = [registry.client().get_model_version(NAME, version.version).run_id for version in versions]
+    versions = [registry.register(bundles["dense"], NAME, run_id=runs[0]), registry.register(bundles["healed"], NAME)]
+    found = [mlflow_client.client().get_model_version(NAME, version.version).run_id for version in versions]
     assert found == runs
-    assert {registry.client().get_run(run).info.status for run in runs} == {"RUNNING"}
+    assert {mlflow_client.client().get_run(run).info.status for run in runs} == {"RUNNING"}
 
 
 def test_without_a_run_one_is_made_and_ended(home: Path, bundles: dict[str, Path]) -> None:
     version = registry.register(bundles["dense"], NAME)
-    run = registry.client().get_model_version(NAME, version.version).run_id
+    run = mlflow_client.client().get_model_version(NAME, version.version).run_id
     assert run is not None
-    assert registry.client().get_run(run).info.status == "FINISHED"
+    assert mlflow_client.client().get_run(run).info.status == "FINISHED"
 
 
 def test_nothing_of_a_version_is_pickled(home: Path, bundles: dict[str, Path]) -> None:
@@ -181,8 +181,8 @@ def test_a_version_pins_what_serving_needs(home: Path, bundles: dict[str, Path])
 def test_a_served_model_answers_as_its_bundle(home: Path, bundles: dict[str, Path], logits: Logits) -> None:
     registry.register_dense(bundles["dense"], NAME)
     path, inputs = list(sys.path), np.random.default_rng(1).normal(size=(3, 3, 32, 32)).astype(np.float32)
-    np.testing.assert_array_equal(registry.answer(f"models:/{NAME}@champion", inputs), logits("dense", inputs))
-    assert registry.answer(f"models:/{NAME}@champion").shape == (1, 10)
+    np.testing.assert_array_equal(mlflow_client.predict(f"models:/{NAME}@champion", inputs), logits("dense", inputs))
+    assert mlflow_client.predict(f"models:/{NAME}@champion").shape == (1, 10)
     assert sys.path == path
 
 
@@ -217,13 +217,13 @@ def test_an_adapter_that_was_allowed_at_registration_is_imported_when_served(
     with pytest.raises(ArchitectureError, match="allow_adapters"):
         registry.register(tmp_path / "own", NAME)
     version = registry.register(tmp_path / "own", NAME, allow_adapters=[recipe.name])
-    np.testing.assert_array_equal(registry.answer(version.uri, inputs), logits("dense", inputs))
+    np.testing.assert_array_equal(mlflow_client.predict(version.uri, inputs), logits("dense", inputs))
 
 
 def test_wrong_images_are_refused_by_the_signature(home: Path, bundles: dict[str, Path]) -> None:
     version = registry.register(bundles["dense"], NAME)
     with pytest.raises(Exception, match="shape"):
-        registry.answer(version.uri, np.zeros((1, 1, 32, 32), np.float32))
+        mlflow_client.predict(version.uri, np.zeros((1, 1, 32, 32), np.float32))
 
 
 def test_a_bundle_is_fetched_whole(home: Path, bundles: dict[str, Path]) -> None:
@@ -253,10 +253,10 @@ def test_the_working_directory_stays_clean_and_nothing_is_printed(
     empty.mkdir()
     code = f"""
 from pathlib import Path
-from tasks import registry, tracking
+from tasks import mlflow_client, registry, tracking
 run = tracking.open_run("a", {{"b": 1}})
 registry.register_dense(Path({str(bundles["dense"])!r}), {NAME!r})
-registry.answer("models:/{NAME}@champion")
+mlflow_client.predict("models:/{NAME}@champion")
 tracking.close_run(run)
 """
     quiet = process(code, empty)
@@ -350,13 +350,13 @@ def test_a_live_server_serves_as_well(server: str, bundles: dict[str, Path], log
     run = tracking.open_run("flow-1", {"a.b": 1})
     tracking.log_curve(run, "loss", [1.0 / step for step in range(1, 1200)])
     tracking.log_dataset(run, "digits", "f" * 64, "calibration")
-    version = registry.register(bundles["healed"], NAME, run)
+    version = registry.register(bundles["healed"], NAME, run_id=run)
     registry.register_dense(bundles["dense"], NAME)
     assert registry.aliases(NAME) == {"dense": "2", "champion": "2"}
     inputs = np.random.default_rng(1).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    np.testing.assert_array_equal(registry.answer(version.uri, inputs), logits("healed", inputs))
+    np.testing.assert_array_equal(mlflow_client.predict(version.uri, inputs), logits("healed", inputs))
     assert bundle.digest(registry.fetch_bundle(version.uri)) == version.digest
-    assert registry.register(bundles["healed"], NAME, run) == version
+    assert registry.register(bundles["healed"], NAME, run_id=run) == version
     with pytest.raises(RegistryError, match="did you mean champion"):
         registry.resolve(f"models:/{NAME}@campion")
     assert not state.mlflow_db().exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import liveness, registry, state, tracking
+from tasks import liveness, mlflow_client, state, tracking
 from tests.tasks.processes import process
 
 pytest_plugins = ["tests.tasks.registries"]
@@ -19,7 +19,7 @@ def test_a_flow_run_has_one_run(home: Path) -> None:
     tracking.close_run(run, "FAILED")
     assert tracking.open_run("flow-1", {"a": 1, "b": 2}) == run
     assert tracking.open_run("flow-2") != run
-    found = registry.client().get_run(run)
+    found = mlflow_client.client().get_run(run)
     assert found.info.status == "RUNNING"
     assert found.data.params == {"a": "1", "b": "2"}
     assert found.data.tags["kind"] == "test"
@@ -28,18 +28,18 @@ def test_a_flow_run_has_one_run(home: Path) -> None:
 def test_the_first_value_of_a_param_stays(home: Path) -> None:
     run = tracking.open_run("flow-1", {"a": 1})
     tracking.log_params(run, {"a": 2})
-    assert registry.client().get_run(run).data.params == {"a": "1"}
+    assert mlflow_client.client().get_run(run).data.params == {"a": "1"}
 
 
 def test_more_params_than_a_request_takes_are_all_written(home: Path) -> None:
     run = tracking.open_run("flow-1", {f"p{number}": number for number in range(250)})
-    assert len(registry.client().get_run(run).data.params) == 250
+    assert len(mlflow_client.client().get_run(run).data.params) == 250
 
 
 def test_a_param_that_would_be_cut_is_kept_in_a_file(home: Path) -> None:
     value = list(range(5000))
     run = tracking.open_run("flow-1", {"long": value})
-    assert registry.client().get_run(run).data.params["long"].startswith("sha256:")
+    assert mlflow_client.client().get_run(run).data.params["long"].startswith("sha256:")
     (file,) = state.mlflow_artifacts().rglob("params/long.txt")
     assert json.loads(file.read_text()) == value
 
@@ -48,7 +48,7 @@ def test_a_long_curve_is_written_in_order_and_once(home: Path) -> None:
     run, values = tracking.open_run("flow-1"), [1 / step for step in range(1, 2100)]
     tracking.log_curve(run, "loss", values[:1500])
     tracking.log_curve(run, "loss", values)
-    points = registry.client().get_metric_history(run, "loss")
+    points = mlflow_client.client().get_metric_history(run, "loss")
     assert sorted((point.step, point.value) for point in points) == list(enumerate(values))
 
 
@@ -57,10 +57,10 @@ def test_a_stage_leaves_its_ending_and_its_metrics_once(home: Path) -> None:
     for _ in range(2):
         tracking.log_stage(run, "healing", cached=False, metrics={"alignment_after": 0.9})
     tracking.log_stage(run, "pruning", cached=True, metrics={})
-    data = registry.client().get_run(run).data
+    data = mlflow_client.client().get_run(run).data
     assert (data.tags["regrow.stage.healing"], data.tags["regrow.stage.pruning"]) == ("computed", "cached")
     assert data.metrics == {"healing/alignment_after": 0.9}
-    assert len(registry.client().get_metric_history(run, "healing/alignment_after")) == 1
+    assert len(mlflow_client.client().get_metric_history(run, "healing/alignment_after")) == 1
 
 
 def test_files_and_data_sets_stay_with_the_run(home: Path, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_files_and_data_sets_stay_with_the_run(home: Path, tmp_path: Path) -> No
     (tmp_path / "report.html").write_text("<p>")
     tracking.log_artifact(run, tmp_path / "report.html")
     tracking.log_dataset(run, "digits", digest, "calibration")
-    read = registry.client().get_run(run).inputs
+    read = mlflow_client.client().get_run(run).inputs
     assert read is not None
     (found,) = read.dataset_inputs
     assert digest.startswith(found.dataset.digest)
@@ -79,7 +79,7 @@ def test_files_and_data_sets_stay_with_the_run(home: Path, tmp_path: Path) -> No
 
 def test_a_joined_run_stays_open_and_an_own_one_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def status(run: str) -> str:
-        return str(registry.client().get_run(run).info.status)
+        return str(mlflow_client.client().get_run(run).info.status)
 
     with tracking.joined_run("own") as own:
         assert status(own) == "RUNNING"
@@ -108,18 +108,18 @@ time.sleep(600)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     alive = tracking.open_run("flow-alive")
-    assert registry.client().get_run(run).info.status == "RUNNING"
+    assert mlflow_client.client().get_run(run).info.status == "RUNNING"
     assert [(dead.run_id, dead.identity, dead.pid) for dead in tracking.close_dead_runs()] == [
         (run, "flow-killed", killed.pid)
     ]
-    assert registry.client().get_run(run).info.status == "KILLED"
-    assert registry.client().get_run(alive).info.status == "RUNNING"
+    assert mlflow_client.client().get_run(run).info.status == "KILLED"
+    assert mlflow_client.client().get_run(alive).info.status == "RUNNING"
     assert tracking.close_dead_runs() == []
 
 
 def test_runs_of_other_hosts_are_not_judged(home: Path) -> None:
     run = tracking.open_run("flow-1")
-    registry.write(run, tags={liveness.HOST: "another-host", liveness.PID: "1"})
+    mlflow_client.write(run, tags={liveness.HOST: "another-host", liveness.PID: "1"})
     assert tracking.dead_runs() == []
 
 
