@@ -223,8 +223,6 @@ def _quiet_the_stack() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_HOME": str(state.prefect_home()),
-        # A private server on a busy machine needs longer than Prefect's own limit.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("regrow").addHandler(_Stderr())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,9 +105,15 @@ def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> 
 def _computed(file: Path | None, overrides: list[str], output: Output, screen: Screen) -> Decision:
     # Before Prefect is imported: it warns when its folder is missing, and its server dies without a word.
     Path(os.environ.get("PREFECT_HOME") or state.prefect_home()).mkdir(parents=True, exist_ok=True)
+    from flows import private_server
     from flows.recompress import recompress
 
-    outcome = recompress(None if file is None else str(file), overrides, output)
+    try:
+        with private_server.available():
+            outcome = recompress(None if file is None else str(file), overrides, output)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: what is finished is kept, and the same command goes on from there\n")
+        sys.exit(128 + signal.SIGINT)
     for name, ref in outcome.references.items():
         screen.remember(name, ref.cached, ref.seconds, ref.metrics)
     screen.note(artifacts={name: ref.digest for name, ref in outcome.references.items()})

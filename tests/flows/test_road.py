@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tasks.table import STAGES
@@ -124,6 +126,30 @@ def test_a_killed_healing_goes_on_and_ends_in_the_same_bits(tmp_path: Path) -> N
     assert (killed.folder / "data/healed/weights.safetensors").read_bytes() == (
         undisturbed.folder / "data/healed/weights.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_no_server_behind(ending: signal.Signals, tmp_path: Path) -> None:
+    workplace = Workplace.make(tmp_path)
+    process = workplace.start("flows.cli", "run", "-S", "healing.starfish.epochs=100000")
+    _wait_for_checkpoint(workplace.home)
+    assert _servers(workplace.home)
+    os.killpg(process.pid, ending)
+    _, errors = process.communicate(timeout=100)
+    if ending == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted" in errors and "Traceback" not in errors
+    _, alive = psutil.wait_procs(_servers(workplace.home), timeout=100)
+    assert not alive
+
+
+def _servers(home: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "flows.private_server" in process.cmdline() and process.environ().get("REGROW_HOME") == str(home):
+                found.append(process)
+    return found
 
 
 def _wait_for_checkpoint(home: Path, seconds: float = 200) -> None:

@@ -57,11 +57,17 @@ class Workplace:
         return self.folder / ".regrow"
 
     def start(self, *words: str, **extra: str) -> subprocess.Popen[str]:
-        """Start `python -m WORDS` here."""
+        """Start `python -m WORDS` here, in a process group of its own, as a shell does."""
         environment = {**os.environ, **extra, "REGROW_HOME": str(self.home), "PYTHONPATH": os.getcwd()}
         command = [sys.executable, "-m", *words]
         return subprocess.Popen(
-            command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def run(self, *words: str) -> Finished:
