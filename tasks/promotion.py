@@ -87,8 +87,7 @@ def ask(
         _point(name, CHALLENGER, version, "asks to be promoted")
     verdict = judge(measure(name, version, champion, images, labels, gate, allow_adapters, device, batch_size), gate)
     if verdict.passed:
-        move = promote(name, version, verdict, expect=champion)
-        return Decision(name, version, champion, verdict, move, f"version {version} is the champion now")
+        return _promoted(name, version, champion, verdict)
     _remember(name, version, verdict, champion)
     failed = ", ".join(criterion.name for criterion in verdict.criteria if not criterion.passed)
     return Decision(name, version, champion, verdict, None, f"version {version} is rejected: {failed}", rejected=True)
@@ -98,21 +97,41 @@ def settled(name: str, version: str, gate: Gate, again: bool = False) -> Decisio
     """The outcome where there is nothing to measure, else None.
 
     A version that was judged by these limits against this champion is not asked again, and neither is
-    one that was rolled back: it must not come back with the next schedule. A person may ask `again`.
+    one that was champion before, or was rolled back: it must not come back with the next schedule, nor
+    may two schedules take turns. A person may ask `again`.
     """
     challenger = registry.version_of(f"models:/{name}/{version}")
     champion = registry.aliases(name).get(CHAMPION)
     if champion == version:
         return Decision(name, version, champion, None, None, f"version {version} is the champion already")
-    if REMOVED in challenger.tags and not again:
-        reason = f"version {version} was rolled back; regrow promote asks again"
-        return Decision(name, version, champion, None, None, reason)
-    last = json.loads(challenger.tags.get(VERDICT, "{}"))
-    if again or not last or (last["gate"], last["champion"]) != (gate.digest, champion):
+    if again:
         return None
-    outcome = "passed" if last["passed"] else "rejected"
-    reason = f"version {version} was judged by these limits before ({outcome}); regrow promote asks again"
-    return Decision(name, version, champion, None, None, reason, rejected=not last["passed"])
+    last, rejected = json.loads(challenger.tags.get(VERDICT, "{}")), False
+    if REMOVED in challenger.tags:
+        why = "was rolled back"
+    elif champion is not None and f"{MOVED}.{CHAMPION}" in challenger.tags:
+        why = f"was champion before version {champion}"
+    elif last and (last["gate"], last["champion"]) == (gate.digest, champion):
+        rejected = not last["passed"]
+        why = f"was judged by these limits before ({'rejected' if rejected else 'passed'})"
+    else:
+        return None
+    reason = f"version {version} {why}; regrow promote --version {version} asks again"
+    return Decision(name, version, champion, None, None, reason, rejected)
+
+
+def _promoted(name: str, version: str, champion: str | None, verdict: Verdict) -> Decision:
+    try:
+        move = promote(name, version, verdict, expect=champion)
+    except ChampionMovedError:
+        held = registry.aliases(name)
+        if held.get(CHAMPION) != version:
+            raise
+        # The same run elsewhere was faster.
+        if held.get(CHALLENGER) == version:
+            _point(name, CHALLENGER, None, "is the champion now")
+        return Decision(name, version, version, verdict, None, f"version {version} is the champion already")
+    return Decision(name, version, champion, verdict, move, f"version {version} is the champion now")
 
 
 def measure(

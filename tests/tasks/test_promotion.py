@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,32 @@ def test_a_schedule_does_not_bring_back_what_was_rolled_back(
     assert not promotion.ask(NAME, registered["healed"], GATE, images, labels).promoted
     assert registry.aliases(NAME)["champion"] == "1"
     assert promotion.ask(NAME, registered["healed"], GATE, images, labels, again=True).promoted
+
+
+def test_two_schedules_do_not_take_turns(registered: dict[str, str], images: Tensor, labels: Tensor) -> None:
+    lax = Gate(max_drop_dense=1.0, max_drop_champion=1.0, min_agreement=0.0)
+    for name in ("healed", "ruined"):
+        assert promotion.ask(NAME, registered[name], lax, images, labels).promoted
+    decision = promotion.ask(NAME, registered["healed"], lax, images, labels)
+    assert not decision.promoted and "was champion before version 3" in decision.reason
+    assert promotion.ask(NAME, registered["healed"], lax, images, labels, again=True).promoted
+
+
+def test_the_same_run_elsewhere_may_be_faster(
+    registered: dict[str, str], images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = promotion.measure
+
+    def while_another_promotes(*arguments: Any) -> Measured:
+        measured = measure(*arguments)
+        promotion.promote(NAME, registered["healed"], PASSED, expect="1")
+        promotion._point(NAME, "challenger", registered["healed"], "asked at the same time")
+        return measured
+
+    monkeypatch.setattr(promotion, "measure", while_another_promotes)
+    decision = promotion.ask(NAME, registered["healed"], GATE, images, labels)
+    assert not decision.promoted and "champion already" in decision.reason
+    assert registry.aliases(NAME) == {"dense": "1", "champion": "2", "previous": "1"}
 
 
 def test_the_champion_is_not_asked(registered: dict[str, str], images: Tensor) -> None:
