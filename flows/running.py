@@ -30,6 +30,7 @@ def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool =
     began = time.monotonic()
     screen = Screen(output)
     params = parameters.load(file, overrides)
+    state.refuse_unwritable()
     _ensure_dense(params, screen)
     planned = plan.plan(params, Store(), resolve.resolve(params))
     _header(params, screen)

@@ -15,21 +15,23 @@ def write_folder(folder: Path, files: Mapping[str, bytes], mark: str, known: Col
     """Put `files` at `folder`: written beside, synced, renamed. Nothing is left behind after an error.
 
     A folder that is there is replaced when it is empty, or when it holds `mark` and no names but
-    `known`; else BundleError, for something that is not ours would be lost.
+    `known`; else BundleError, for something that is not ours would be lost; also when it cannot be written.
     """
     folder = Path(os.path.realpath(folder))
     _refuse_foreign(folder, mark, known)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        beside.mkdir()
+        beside.mkdir(parents=True)
         for name, data in files.items():
             _write(beside / name, data)
         _sync(beside)
         _move(beside, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        why = error.strerror or error
+        raise BundleError(f"{folder} cannot be written: {why}; name a place with space that can") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    _sync(folder.parent)
 
 
 def _refuse_foreign(folder: Path, mark: str, known: Collection[str]) -> None:

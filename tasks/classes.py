@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,21 @@ class Classes:
         names = bundle.read(dense / "bundle")["class_names"]
         return cls(artifacts.read_json(dense / "dense.json")["classes"], None if names is None else tuple(names))
 
-    def indices(self, labels: Mapping[str, int | str], origin: str) -> dict[str, int]:
+    def indices(
+        self, labels: Mapping[str, int | str], origin: str, fallback: Callable[[str], None] | None = None
+    ) -> dict[str, int]:
         """Class indices by id. A name counts by its place among the classes' names; where these are unknown by
-        its rank among the labels, if there is one for every class.
+        its rank among the labels, if there is one for every class, which `fallback` is told.
 
         Raises ImagesError for a label that the network has no class for.
         """
-        places = self._places({label for label in labels.values() if isinstance(label, str)}, origin)
+        names = {label for label in labels.values() if isinstance(label, str)}
+        places = self._places(names, origin)
+        if names and self.names is None and fallback is not None:
+            fallback(
+                f"{origin} names its classes and the network does not: taken in alphabetical order, from "
+                f"{min(names)} = 0 to {max(names)} = {len(names) - 1}; dense.class_names would say it for sure"
+            )
         found = {image: places[label] if isinstance(label, str) else label for image, label in labels.items()}
         beyond = next((image for image, index in found.items() if index >= self.count), None)
         if beyond is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ def load_evaluation(section: Evaluation, dense: Path, calibration: Path, progres
     """
     shared = bool(artifacts.read_json(calibration / "calibration.json")["shared"])
     source, ids = data.for_evaluation(section.source, shared)
-    labels, subsets = read_labels(section, source, ids, Classes.of(dense))
+    labels, subsets = read_labels(section, source, ids, Classes.of(dense), progress.fallback)
     progress.log(f"{len(ids)} images, labels are {'not read' if labels is None else 'read (evaluation.labels)'}")
     rows = ((image, source.read(image)) for image in ids)
     preprocessing = parse(bundle.read(dense / "bundle")["preprocessing"])
@@ -51,13 +51,20 @@ def load_evaluation(section: Evaluation, dense: Path, calibration: Path, progres
 
 
 def read_labels(
-    section: Evaluation, source: data.Source, ids: Sequence[str], classes: Classes
+    section: Evaluation,
+    source: data.Source,
+    ids: Sequence[str],
+    classes: Classes,
+    fallback: Callable[[str], None] | None = None,
 ) -> tuple[Tensor | None, Sequence[str] | None]:
-    """Class indices and subsets of these ids, as far as `evaluation.labels` allows. Raises ImagesError."""
+    """Class indices and subsets of these ids, as far as `evaluation.labels` allows. Raises ImagesError.
+
+    `fallback` is told when names of classes had to be ranked.
+    """
     if section.labels is False:
         return None, None
     if section.labels is True:
-        return _tensor(classes.indices(_own_labels(source), source.name), ids), None
+        return _tensor(classes.indices(_own_labels(source), source.name, fallback), ids), None
     table = data.read_labels(Path(section.labels), ids)
     subsets = None if section.subsets is None else table.column(section.subsets, ids)
     return _tensor(classes.indices(table.labels, table.path.name), ids), subsets

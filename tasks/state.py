@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from heal.errors import InputError
+
 
 def home() -> Path:
     """The state folder: `REGROW_HOME`, or `.regrow` in the working directory; always absolute."""
     return Path(os.path.abspath(os.path.expanduser(os.environ.get("REGROW_HOME") or ".regrow")))
+
+
+def refuse_unwritable() -> None:
+    """Raise InputError when nothing can be written into the state folder, or where it would be made."""
+    there = next(place for place in (home(), *home().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there} cannot be written to; set REGROW_HOME to a folder for regrow's state that can")
 
 
 def store_url() -> str:

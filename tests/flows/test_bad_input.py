@@ -156,6 +156,11 @@ def _no_such_device(workplace: Workplace) -> tuple[str, ...]:
     return ("device cuda:7", "cpu or auto")
 
 
+def _state_that_cannot_be_written(workplace: Workplace) -> tuple[str, ...]:
+    workplace.home.touch()
+    return (".regrow cannot be written to", "REGROW_HOME")
+
+
 def _preprocessing() -> dict[str, object]:
     from tests.flows.workplace import PREPROCESSING
 
@@ -178,6 +183,7 @@ MISTAKES = [
     _budget_that_cannot_be_met,
     _methods_that_do_not_go_together,
     _no_such_device,
+    _state_that_cannot_be_written,
 ]
 
 

@@ -177,7 +177,7 @@ def test_a_save_that_fails_leaves_the_old_bundle(step: str, tmp_path: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr("heal.atomic.os.fsync", full) if step == "fsync" else patch.setattr(Path, "rename", second_fails)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(BundleError, match=r"cannot be written: disk full"):
             bundle.save(build("resnet", seed=1), tmp_path / "b")
     assert bundle.digest(tmp_path / "b") == digest and [path.name for path in tmp_path.iterdir()] == ["b"]
 

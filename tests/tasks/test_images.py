@@ -214,7 +214,9 @@ def test_evaluation_reads_labels_only_when_allowed(tmp_path: Path) -> None:
 def test_named_classes_count_by_their_place_among_the_networks(classes: Classes, found: list[int] | str) -> None:
     labels = {"cat/1.png": "cat", "dog/2.png": "dog"}
     if isinstance(found, list):
-        assert list(classes.indices(labels, "here").values()) == found
+        said: list[str] = []
+        assert list(classes.indices(labels, "here", said.append).values()) == found
+        assert len(said) == (classes.names is None), "what was guessed is said"
     else:
         with pytest.raises(ImagesError, match=found):
             classes.indices(labels, "here")
