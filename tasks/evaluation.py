@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +46,16 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         "models": measured,
         "subsets": _by_subset(logits, images),
         "budget": _budget(inputs["allocation"]),
+        "measured_with": _measured_with(next(networks["dense"].parameters()).device),
     }
     artifacts.write_json(output / "evaluation.json", content)
     return _metrics(measured)
+
+
+def _measured_with(device: torch.device) -> str:
+    """What speed depends on, in words."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return f"{where} ({platform.machine()}), torch {torch.__version__}, timm {metadata.version('timm')}"
 
 
 def candidates(inputs: Mapping[str, Path]) -> dict[str, Path]:

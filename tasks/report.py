@@ -30,7 +30,8 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     (output / "summary.csv").write_text(summary.comma_separated(facts.rows), encoding="utf-8", newline="\n")
     said = verdict(facts.rows, facts.kind, facts.images)
     (output / "verdict.txt").write_text(f"{said}\n", encoding="utf-8", newline="\n")
-    progress.log(said)
+    for line in (said, *warnings(facts.rows, facts.kind, facts.dense["classes"], facts.images)):
+        progress.log(line)
     return {"bytes": float(len(page.encode()))}
 
 
@@ -57,7 +58,7 @@ def _page(facts: Facts) -> dict[str, Any]:
     return {
         "facts": facts,
         "verdict": verdict(rows, facts.kind, images),
-        "warnings": warnings(rows, facts.kind, facts.dense["classes"]),
+        "warnings": warnings(rows, facts.kind, facts.dense["classes"], images),
         "highlights": list(_highlights(facts, columns)),
         "removed": reproduction.removed(facts),
         "names": [row.name for row in rows],
@@ -166,6 +167,7 @@ def _limits(facts: Facts) -> Iterator[str]:
         yield "Zeros shrink the file. They do not speed up a runtime that has no sparse kernels."
     yield from _passed_over(facts)
     yield _timing(facts)
+    yield f"Measured with {facts.evaluation['measured_with']}."
     yield "MACs are counted for one image, zeros included: linear and convolution layers and the attention products."
     yield from (
         note for report in facts.healing for note in (f"{report['method']}: {text}" for text in report["notes"])

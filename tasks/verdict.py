@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from math import sqrt
 
-from tasks.summary import Row, percent, span, times
+from tasks.summary import Row, Spread, percent, span, times
 
 NARROWED = 0.9
 AT_CHANCE = 1.5  # times the chance level: below it, top-1 says no more than guessing
@@ -24,9 +26,9 @@ def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
     return f"{opening}; {_accuracy(rows, images)}."
 
 
-def warnings(rows: Sequence[Row], kind: str, classes: int) -> list[str]:
+def warnings(rows: Sequence[Row], kind: str, classes: int, images: int) -> list[str]:
     """Sentences for a reader who would otherwise trust the figures too much."""
-    found = []
+    found = list(_harmed(rows, images))
     dense, last = rows[0], rows[-1]
     pruned = next((row for row in rows if row.name == "pruned"), None)
     if dense.top1 is not None and dense.top1 <= AT_CHANCE / classes:
@@ -49,21 +51,44 @@ def warnings(rows: Sequence[Row], kind: str, classes: int) -> list[str]:
     return found
 
 
+def _harmed(rows: Sequence[Row], images: int) -> Iterator[str]:
+    """Healers that took the model further from dense, by more than two standard errors of the difference."""
+    for before, after in pairwise(row for row in rows if row.name != "dense"):
+        if before.agreement is None or after.agreement is None:
+            continue
+        share = (before.agreement + after.agreement) / 2
+        if before.agreement - after.agreement > 2 * sqrt(2 * share * (1 - share) / images):
+            yield (
+                f'Healing from "{before.name}" to "{after.name}" did harm: agreement with dense fell from '
+                f"{percent(before.agreement, images)} to {percent(after.agreement, images)} %. Leave that healer out "
+                "of healing.methods, or lower its lr."
+            )
+
+
 def _size(dense: Row, last: Row) -> str:
     change = 1 - last.bytes / dense.bytes_unpacked
     return f"the weights file is {100 * abs(change):.0f} % {'smaller' if change >= 0 else 'larger'}"
 
 
 def _speed(dense: Row, last: Row) -> str:
-    timed = sorted(dense.latency.keys() & last.latency.keys())
-    if not timed:
+    ratios = {batch: last.speedup(dense, batch) for batch in sorted(dense.latency.keys() & last.latency.keys())}
+    measured = {batch: ratio for batch, ratio in ratios.items() if ratio is not None}
+    if not measured:
         return "speed was not measured"
-    ratio = last.speedup(dense, timed[0])
-    assert ratio is not None
-    spread = f"{times(ratio.median)}, {span(ratio, lambda value: f'{value:.2f}')} between quartiles"
+    if all(ratio.low <= 1 <= ratio.high for ratio in measured.values()):
+        spreads = ", ".join(f"batch of {batch}: {_spread(ratio)}" for batch, ratio in measured.items())
+        return f"speed did not measurably change ({spreads})"
+    return ", ".join(f"a batch of {batch} runs {_paced(ratio)} ({_spread(ratio)})" for batch, ratio in measured.items())
+
+
+def _paced(ratio: Spread) -> str:
     if ratio.low <= 1 <= ratio.high:
-        return f"speed did not measurably change (batch of {timed[0]}: {spread})"
-    return f"a batch of {timed[0]} runs measurably {'faster' if ratio.median > 1 else 'slower'} ({spread})"
+        return "no measurably faster"
+    return "measurably faster" if ratio.median > 1 else "measurably slower"
+
+
+def _spread(ratio: Spread) -> str:
+    return f"{times(ratio.median)}, {span(ratio, lambda value: f'{value:.2f}')} between quartiles"
 
 
 def _accuracy(rows: Sequence[Row], images: int) -> str:
