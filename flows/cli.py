@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,6 @@ from heal.errors import HealError, InputError
 
 app = typer.Typer(
     name="regrow",
-    help="Recompress trained vision networks: prune, heal without labels, prove, promote.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -40,6 +40,21 @@ def main() -> None:
         app()
     except HealError as error:
         sys.exit(_explained(error))
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"regrow {metadata.version('regrow')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which regrow this is.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Recompress trained vision networks: prune, heal without labels, prove, promote."""
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,7 @@ def ui(port: int) -> int:
     if uri.startswith("http"):
         sys.stdout.write(f"a server has the registry: open {mlflow_store.public(uri)}\n")
         return 0
+    _refuse_taken(port)
     mlflow_store.ready(uri)
     address = ["--host", "127.0.0.1", "--port", str(port)]
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument: those are in everybody's process list
@@ -103,6 +105,15 @@ def ui(port: int) -> int:
     sys.stdout.write(f"http://127.0.0.1:{port}   (Ctrl-C ends it)\n")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *address, *stored])
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(f"port {port} is taken ({error.strerror}); name another with --port") from error
 
 
 def collect_garbage(keep_runs: int, dry_run: bool) -> int:

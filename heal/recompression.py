@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from heal.allocators import ALLOCATORS
-from heal.errors import MethodError
+from heal.errors import BudgetError, ImagesError, MethodError
 from heal.families.lookup import describe
 from heal.healers import HEALERS
-from heal.images import Images
+from heal.images import Images, Replay
 from heal.method import Allocator, HealContext, Healer, HealingReport, Pruner, check, taps
 from heal.naming import nearest
 from heal.progress import Report, quiet
@@ -61,12 +62,14 @@ def recompress(
     such batches. Methods go by name or as instances. Raises InputError subclasses when the budget,
     the combination or the images make no sense, before anything is computed.
     """
+    _refuse_types(budget, healers)
     allocate, prune = method(ALLOCATORS, allocator, "allocator"), method(PRUNERS, pruner, "pruner")
     heal = [method(HEALERS, healer, "healer") for healer in healers]
     family = describe(model)
     check(family, budget, allocate, prune, heal)
     refuse_broken(model)
     teacher = copy.deepcopy(model).eval()
+    _refuse_images(teacher, images)
     wanted = taps(family, [allocate, prune, *heal])
     statistics = capture(teacher, images, wanted, report=report) if wanted else {}
     allocation = allocate.allocate(teacher, budget, statistics)
@@ -77,6 +80,29 @@ def recompress(
     context = HealContext(statistics, pruned, seed, report=report, log=log)
     healing = tuple(healer.heal(student, teacher, images, context) for healer in heal)
     return Result(student.eval(), pruned, RecompressionReport(budget, allocation, cuts, healing))
+
+
+def _refuse_types(budget: object, healers: object) -> None:
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"budget {budget!r} has no unit; write heal.Budget(neurons=0.5) or heal.Budget(weights=0.5)")
+    if isinstance(healers, str):
+        raise MethodError(f"healers {healers!r} is one name where a list is wanted; write [{healers!r}]")
+
+
+def _refuse_images(model: nn.Module, images: Images) -> None:
+    """Answer one of them. Raises ImagesError when there is none, or the model cannot."""
+    batch = next(iter(Replay(images, 1)), None)
+    if batch is None or not len(batch):
+        raise ImagesError("images: there are none; pass a tensor [n, channels, height, width] or batches of them")
+    device = next((parameter.device for parameter in model.parameters()), batch.device)
+    try:
+        with torch.no_grad():
+            model(batch[:1].to(device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise ImagesError(
+            f"images: {type(model).__name__} cannot answer [n, {', '.join(map(str, batch.shape[1:]))}]: {first}"
+        ) from error
 
 
 def method(entries: Mapping[str, type[T]], wanted: str | T, kind: str) -> T:

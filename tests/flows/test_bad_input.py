@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -236,3 +237,12 @@ def test_a_command_typed_wrongly_ends_with_two(regrow: Command) -> None:
     code, errors = regrow("rnu")
     assert code == 2
     assert "rnu" in errors
+
+
+def test_a_taken_port_is_refused(regrow: Command) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        code, errors = regrow("ui", "--port", str(other.getsockname()[1]))
+    assert code == 2
+    assert "is taken" in errors and "--port" in errors

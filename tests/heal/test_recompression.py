@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import heal
 from heal import cost, masking
-from heal.errors import ArchitectureError, MethodError, WeightsError
+from heal.errors import ArchitectureError, InputError, MethodError, WeightsError
 from heal.families.lookup import describe
 from heal.healers.starfish import Starfish
 from heal.surgery import widths
@@ -95,6 +97,26 @@ def test_a_network_that_nobody_knows_is_masked_but_not_cut() -> None:
         heal.recompress(model, nets.images(), heal.Budget(neurons=0.5), healers=["closed_form"])
     with pytest.raises(ArchitectureError, match="names no blocks"):
         heal.recompress(model, nets.images(), heal.Budget(weights=0.5), "uniform", "magnitude", ["starfish"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"budget": 0.5}, r"budget 0\.5 has no unit; write heal\.Budget"),
+        ({"healers": "starfish"}, r"write \['starfish'\]"),
+        ({"images": []}, "images: there are none"),
+        ({"images": torch.zeros(4, 3, 20, 20)}, r"VisionTransformer cannot answer \[n, 3, 20, 20\]"),
+        ({"images": torch.zeros(4, 3, 32)}, r"expected a non-empty \[n, channels, height, width\]"),
+    ],
+)
+def test_what_is_given_wrongly_is_named_before_anything_is_computed(wrong: dict[str, Any], said: str) -> None:
+    given = {"images": nets.images(4), "budget": heal.Budget(neurons=0.5)} | wrong
+    with pytest.raises(InputError, match=said):
+        heal.recompress(nets.build("vit"), **given)
+
+
+def test_the_face_lists_what_it_offers() -> None:
+    assert dir(heal) == sorted(heal.__all__)
 
 
 def test_broken_weights_are_named() -> None:
