@@ -31,6 +31,8 @@ def compare(
     Raises InputError when that does not say its size.
     """
     folders = {name: _folder(name) for name in models}
+    for name, folder in folders.items():
+        _refuse_adapter(name, bundle.adapter(folder), allow_adapters)
     networks = {name: bundle.load(folder, allow_adapters) for name, folder in folders.items()}
     size = (bundle.read(folders[models[0]])["preprocessing"] or {}).get("size")
     if size is None:
@@ -40,6 +42,13 @@ def compare(
         timed = cost.latency(networks, images, rounds)
         for name, latency in timed.items():
             yield Timed(name, batch, latency, timed[models[0]].median / latency.median)
+
+
+def _refuse_adapter(name: str, adapter: str | None, allowed: Collection[str]) -> None:
+    if adapter is not None and adapter not in allowed:
+        raise InputError(
+            f"{name} is built by {adapter}, which is code to import; if you trust it, add --allow-adapter {adapter}"
+        )
 
 
 def _folder(name: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from heal.errors import InputError
 from tasks import methods
@@ -104,7 +105,7 @@ def _explained(error: ValidationError, parent: str, written: Written) -> list[st
             found[_not_a_key(dotted, written)] = []
         else:
             about = f"{_place(written, dotted)}: {dotted}{_shown(problem['input'])}: "
-            found.setdefault(about, []).append(_message(problem["type"], problem["msg"], dotted))
+            found.setdefault(about, []).append(_message(problem["type"], problem["msg"], dotted) + _spelled(problem))
     return [
         about + " or ".join(dict.fromkeys(messages)).replace(" or must be", " or") for about, messages in found.items()
     ]
@@ -129,7 +130,14 @@ def _message(kind: str, message: str, dotted: str) -> str:
         message.removeprefix("Value error, ")
         .replace("Input should be", "must be", 1)
         .replace("an object", "a mapping of keys")
+        .replace("a valid array", "a list")
     )
+
+
+def _spelled(problem: ErrorDetails) -> str:
+    """How to write a single value where a list is wanted."""
+    value = problem["input"]
+    return f", such as [{value}]" if problem["type"] == "tuple_type" and isinstance(value, (str, int, float)) else ""
 
 
 def _shown(value: object) -> str:

@@ -7,8 +7,12 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -89,6 +93,31 @@ def test_what_the_flow_computed_dvcs_stages_find_and_the_reverse(walked: Workpla
     assert losses[0] == "step,loss,method" and losses[1].startswith("1,0.") and losses[-1].endswith(",starfish")
     finished = other.run("run", "--json")
     assert finished.computed == {"evaluation", "report", "registration"}
+
+
+def test_latency_compares_registered_models_side_by_side(walked: Workplace) -> None:
+    finished = walked.run("latency", "models:/tiny@dense", "bundle:dense", "-b", "2", "--rounds", "3", "--json")
+    assert finished.code == 0, finished.errors
+    assert finished.facts.keys() >= {"models:/tiny@dense batch 2", "bundle:dense batch 2"}
+    assert all(0 < found["low"] <= found["median"] <= found["high"] for name, found in _timed(finished.facts))
+
+
+def _timed(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, found) for name, found in facts.items() if " batch " in name]
+
+
+def test_an_adapter_may_lie_in_the_working_directory(tmp_path: Path) -> None:
+    workplace = Workplace.make(tmp_path)
+    (tmp_path / "my_network.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
+    )
+    source = ("-S", "dense.source=adapter:my_network:build", "-S", "dense.adapter_allow=[my_network:build]")
+    # The installed command: `python -m` would have the working directory on its path in any case.
+    command = [Path(sys.executable).with_name("regrow"), "plan", "--json", *source]
+    environment = {**os.environ, "REGROW_HOME": str(workplace.home)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stages"][0]["name"] == "dense"
 
 
 def test_history_and_rollback(walked: Workplace) -> None:

@@ -261,3 +261,8 @@ def test_any_text_is_a_value_or_a_refusal(text: str) -> None:
         assert str(error)
     else:
         assert isinstance(params, Params)
+
+
+def test_a_single_value_where_a_list_is_wanted_says_how_to_write_it() -> None:
+    with pytest.raises(InputError, match=r"healing\.methods = starfish: must be a list, such as \[starfish\]"):
+        load(None, ["healing.methods=starfish"])
