@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows import running
 from flows.screen import Screen
 from heal.errors import InputError
 from tasks import params as parameters
@@ -36,6 +37,7 @@ def latency(models: list[str], batches: list[int], rounds: int, allow_adapters: 
 
 def promote(name: str | None, version: str | None, file: Path | None, overrides: list[str]) -> int:
     """Ask the gate of the params about a version again. Gives 1 when it rejects."""
+    running.wait_passively()  # the gate may time: it measures as it does at the end of a run
     from flows import gate
     from tasks import registry
 

@@ -23,27 +23,21 @@ if TYPE_CHECKING:
 
 
 def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool = False) -> int:
-    """Run the road, or say that all of it is cached. Gives 1 when the gate rejects."""
-    # Before torch: threads that spin while they wait are 20 times slower when anything else runs on the cores
-    # (measured). Not for `regrow latency`: it costs small batches a tenth, and a server keeps OpenMP's default.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    began = time.monotonic()
-    screen = Screen(output)
-    params = parameters.load(file, overrides)
-    state.refuse_unwritable()
-    _ensure_dense(params, screen)
-    planned = plan.plan(params, Store(), resolve.resolve(params))
-    _header(params, screen)
-    if all(stage.cached for stage in planned):
-        decision = _all_cached(params, planned, screen)
-    else:
-        from tasks import rehearsal  # torch, timm and MLflow: seconds, which a misspelled key need not wait for
+    """Run the road, or say that all of it is cached. Gives 1 when the gate rejects, 130 when interrupted."""
+    wait_passively()
+    try:
+        return _run(file, overrides, output, is_demo)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: what is finished is kept, and the same command goes on from there\n")
+        return 128 + signal.SIGINT
 
-        rehearsal.rehearse(params, {stage.name: stage for stage in planned}, Store())
-        decision = _computed(file, overrides, output, screen)
-    _ending(params, decision, screen, began, is_demo)
-    screen.close()
-    return 1 if decision.rejected else 0
+
+def wait_passively() -> None:
+    """Before torch is imported: where cores are shared, threads that spin while they wait are 20 times slower.
+
+    Not for `regrow latency`: it costs small batches a tenth, and a server keeps OpenMP's default.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def show_plan(file: Path, overrides: list[str], output_json: bool) -> int:
@@ -75,6 +69,27 @@ def write_report(file: Path, overrides: list[str], output: Path) -> int:
     return 0
 
 
+def _run(file: Path | None, overrides: list[str], output: Output, is_demo: bool) -> int:
+    began = time.monotonic()
+    screen = Screen(output)
+    params = parameters.load(file, overrides)
+    state.refuse_unwritable()
+    from tasks import rehearsal  # torch: seconds, which a misspelled key need not wait for
+
+    rehearsal.glance(params)
+    _ensure_dense(params, screen)
+    planned = plan.plan(params, Store(), resolve.resolve(params))
+    _header(params, screen)
+    if all(stage.cached for stage in planned):
+        decision = _all_cached(params, planned, screen)
+    else:
+        rehearsal.rehearse(params, {stage.name: stage for stage in planned}, Store())
+        decision = _computed(file, overrides, output, screen)
+    _ending(params, decision, screen, began, is_demo)
+    screen.close()
+    return 1 if decision.rejected else 0
+
+
 def _ensure_dense(params: Params, screen: Screen) -> None:
     from tasks import bootstrap
 
@@ -104,17 +119,13 @@ def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> 
 
 
 def _computed(file: Path | None, overrides: list[str], output: Output, screen: Screen) -> Decision:
-    # Before Prefect is imported: it warns when its folder is missing, and its server dies without a word.
+    # Before Prefect is imported: it warns when its folder is missing.
     Path(os.environ.get("PREFECT_HOME") or state.prefect_home()).mkdir(parents=True, exist_ok=True)
     from flows import private_server
     from flows.recompress import recompress
 
-    try:
-        with private_server.available():
-            outcome = recompress(None if file is None else str(file), overrides, output)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: what is finished is kept, and the same command goes on from there\n")
-        sys.exit(128 + signal.SIGINT)
+    with private_server.available():
+        outcome = recompress(None if file is None else str(file), overrides, output)
     for name, ref in outcome.references.items():
         screen.remember(name, ref.cached, ref.seconds, ref.metrics)
     screen.note(artifacts={name: ref.digest for name, ref in outcome.references.items()})

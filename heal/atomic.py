@@ -18,20 +18,20 @@ def write_folder(folder: Path, files: Mapping[str, bytes], mark: str, known: Col
     `known`; else BundleError, for something that is not ours would be lost; also when it cannot be written.
     """
     folder = Path(os.path.realpath(folder))
-    _refuse_foreign(folder, mark, known)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
+        _refuse_foreign(folder, mark, known)
         beside.mkdir(parents=True)
         for name, data in files.items():
             _write(beside / name, data)
         _sync(beside)
         _move(beside, folder)
-        _sync(folder.parent)
     except OSError as error:
         why = error.strerror or error
         raise BundleError(f"{folder} cannot be written: {why}; name a place with space that can") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    _sync(folder.parent)
 
 
 def _refuse_foreign(folder: Path, mark: str, known: Collection[str]) -> None:

@@ -69,8 +69,9 @@ def recompress(
     check(family, budget, allocate, prune, heal)
     refuse_broken(model)
     teacher = copy.deepcopy(model).eval()
-    _refuse_images(teacher, images)
     wanted = taps(family, [allocate, prune, *heal])
+    if wanted or heal:
+        _refuse_images(teacher, images)
     statistics = capture(teacher, images, wanted, report=report) if wanted else {}
     allocation = allocate.allocate(teacher, budget, statistics)
     pruned = prune.prune(teacher, allocation, statistics)
@@ -98,6 +99,8 @@ def _refuse_images(model: nn.Module, images: Images) -> None:
     try:
         with torch.no_grad():
             model(batch[:1].to(device))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ImagesError(

@@ -6,11 +6,17 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from tasks import code
+
+INSTALLED = ("site-packages", "dist-packages")
+
+UNREADABLE = (SyntaxError, RecursionError)
+"""A template, a file for another Python, or one that a machine wrote."""
 
 
 def digest(adapter: str) -> str:
@@ -36,17 +42,33 @@ def _reached(name: str) -> Iterator[tuple[str, Path]]:
         if place in seen:
             continue
         seen.add(place)
-        for file in [place] if place.is_file() else place.rglob("*.py"):
+        for file in _python_files(place):
             yield file.relative_to(place.parent).as_posix(), file
             wanted += _neighbours(place.parent, file)
 
 
+def _python_files(place: Path) -> Iterator[Path]:
+    """A file itself; of a folder all Python files, through links, but not what tools keep in dotted folders."""
+    if place.is_file():
+        yield place
+    seen = set()
+    for folder, below, names in os.walk(place, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or "pyvenv.cfg" in names:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        files = (Path(folder, name) for name in sorted(names) if name.endswith(".py") and not name.startswith("."))
+        yield from (file for file in files if file.is_file())
+
+
 def _neighbours(folder: Path, file: Path) -> Iterator[Path]:
     """The packages and modules in a folder that a file imports; what was installed there is nobody's neighbour."""
-    if str(folder) in sysconfig.get_paths().values():
+    if folder.name in INSTALLED or str(folder) in sysconfig.get_paths().values():
         return
     for name in _imported(file):
-        if any((folder / name).glob("*.py")):
+        if any(_python_files(folder / name)):
             yield folder / name
         elif (folder / f"{name}.py").is_file():
             yield folder / f"{name}.py"
@@ -56,7 +78,7 @@ def _imported(file: Path) -> Iterator[str]:
     """The top-level names that a file imports, anywhere in it."""
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
-    except SyntaxError:  # it could not be imported either
+    except UNREADABLE:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,5 +90,5 @@ def _imported(file: Path) -> Iterator[str]:
 def _said(file: Path) -> str:
     try:
         return code.hash_file(file)
-    except SyntaxError:  # a template, or a file for another Python: its bytes count
+    except UNREADABLE:  # its bytes count
         return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -78,12 +78,15 @@ def hashes(module: str, methods: Iterable[str] = (), files: Iterable[str] = ()) 
 
 def locate(module: str) -> Path:
     """The file of a module, found without importing anything. Raises InputError."""
-    package, *rest = module.split(".")
+    package = module.partition(".")[0]
     spec = importlib.util.find_spec(package)
-    if spec is not None:
-        found = _file({package: _folder(package)}, module) if rest else Path(spec.origin or "")
-        if found.is_file():
-            return found
+    folders = [] if spec is None else spec.submodule_search_locations or []  # several for a namespace package
+    places = [_file({package: Path(folder)}, module) for folder in folders]
+    if spec is not None and module == package:
+        places.append(Path(spec.origin or ""))
+    found = next((place for place in places if place.is_file()), None)
+    if found is not None:
+        return found
     raise InputError(f"there is no module {module}; install its package or set PYTHONPATH")
 
 

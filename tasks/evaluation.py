@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -46,7 +47,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         "models": measured,
         "subsets": _by_subset(logits, images),
         "budget": _budget(inputs["allocation"]),
-        "measured_with": _measured_with(next(networks["dense"].parameters()).device),
+        "measured_with": _measured_with(models.device_of(section.device)) if section.latency_rounds else None,
     }
     artifacts.write_json(output / "evaluation.json", content)
     return _metrics(measured)
@@ -55,7 +56,8 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
 def _measured_with(device: torch.device) -> str:
     """What speed depends on, in words."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return f"{where} ({platform.machine()}), torch {torch.__version__}, timm {metadata.version('timm')}"
+    waiting = f", OMP_WAIT_POLICY={policy}" if (policy := os.environ.get("OMP_WAIT_POLICY")) else ""
+    return f"{where} ({platform.machine()}{waiting}), torch {torch.__version__}, timm {metadata.version('timm')}"
 
 
 def candidates(inputs: Mapping[str, Path]) -> dict[str, Path]:

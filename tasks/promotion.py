@@ -124,12 +124,13 @@ def _promoted(name: str, version: str, champion: str | None, verdict: Verdict) -
     try:
         move = promote(name, version, verdict, expect=champion)
     except ChampionMovedError:
-        held = registry.aliases(name)
-        if held.get(CHAMPION) != version:
-            raise
-        # The same run elsewhere was faster.
-        if held.get(CHALLENGER) == version:
-            _point(name, CHALLENGER, None, "is the champion now")
+        with registry.lock(name):
+            held = registry.aliases(name)
+            if held.get(CHAMPION) != version:
+                raise
+            # The same run elsewhere was faster.
+            if held.get(CHALLENGER) == version:
+                _point(name, CHALLENGER, None, "is the champion now")
         return Decision(name, version, version, verdict, None, f"version {version} is the champion already")
     return Decision(name, version, champion, verdict, move, f"version {version} is the champion now")
 
@@ -255,9 +256,13 @@ def _point(name: str, alias: str, version: str | None, reason: str, gate: str | 
 
 @contextmanager
 def _moved_back_on_failure(name: str, held: dict[str, str], version: str) -> Iterator[None]:
+    tags = registry.version_of(f"models:/{name}/{version}").tags
     try:
         yield
     except BaseException as error:  # also when interrupted: who served must serve again
+        for tag in (f"{MOVED}.{CHAMPION}", REMOVED):
+            if registry.version_of(f"models:/{name}/{version}").tags.get(tag) != tags.get(tag):
+                registry.set_tag(name, version, tag, tags.get(tag))
         for alias in (CHAMPION, PREVIOUS):
             if registry.aliases(name).get(alias) != held.get(alias):
                 _point(name, alias, held.get(alias), f"version {version} failed: {type(error).__name__}: {error}"[:500])

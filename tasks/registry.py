@@ -219,8 +219,12 @@ def _run(run_id: str | None, name: str) -> Iterator[str]:
         return
     marks = liveness.identity()
     made = client().create_run(mlflow_client.experiment(), tags=marks, run_name=f"register {name}").info.run_id
-    yield str(made)
-    client().set_terminated(made)
+    ending = "FAILED"
+    try:
+        yield str(made)
+        ending = "FINISHED"
+    finally:
+        client().set_terminated(made, ending)
 
 
 def _new_version(name: str, model_id: str, run: str, tags: Mapping[str, str], description: str) -> Version:

@@ -1,8 +1,9 @@
 """What a person got wrong, found before anything starts: sources are opened, methods checked, the budget tried.
 
-What is quick to see comes first. The images are drawn and the model is opened for this alone, because
-only that can find a corrupt image or weights that do not fit; the budget is divided on statistics that
-are all zero, because whether it can be met depends on shapes alone.
+`glance` comes before a missing dense model is trained, `rehearse` before anything else. There the model
+is opened and the images are drawn for this alone, because only that can find weights that do not fit or
+a corrupt image; the budget is divided on statistics that are all zero, because whether it can be met
+depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from heal.families.lookup import describe
 from heal.method import Statistics, check, taps
 from heal.naming import nearest
 from heal.values import LayerStats
-from tasks import calibration, data, dense, models
+from tasks import calibration, data, dense, models, resolve
 from tasks.classes import Classes
 from tasks.images import read_labels
 from tasks.progress import Progress
@@ -33,11 +34,16 @@ if TYPE_CHECKING:
     from tasks.plan import PlannedStage
 
 
-def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) -> None:
-    """Raise the InputError that a run with these params would end in, without writing anything."""
+def glance(params: Params) -> None:
+    """Raise what needs no model to be seen: devices, names, sources of images. The rest is `rehearse`'s."""
     for section in (params.activations, params.healing, params.evaluation):
         models.device_of(section.device)
     _refuse_names(params)
+    resolve.resolve_images(params)
+
+
+def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) -> None:
+    """Raise the InputError that a run with these params would end in, without writing anything."""
     with tempfile.TemporaryDirectory(prefix="regrow-rehearsal-") as scratch:
         dense = _dense(params, planned["dense"], store, Path(scratch))
         _refuse_methods(params, models.load(dense, params.dense.adapter_allow))

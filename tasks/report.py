@@ -167,7 +167,6 @@ def _limits(facts: Facts) -> Iterator[str]:
         yield "Zeros shrink the file. They do not speed up a runtime that has no sparse kernels."
     yield from _passed_over(facts)
     yield _timing(facts)
-    yield f"Measured with {facts.evaluation['measured_with']}."
     yield "MACs are counted for one image, zeros included: linear and convolution layers and the attention products."
     yield from (
         note for report in facts.healing for note in (f"{report['method']}: {text}" for text in report["notes"])
@@ -186,5 +185,5 @@ def _timing(facts: Facts) -> str:
     return (
         "Latency was measured in eager PyTorch on the machine that ran the evaluation, the models taking turns in one "
         "process; other runtimes and machines give other ratios. The range of a ratio pairs the quartiles at their "
-        "worst and best."
+        f"worst and best. Measured with {facts.evaluation['measured_with']}."
     )

@@ -21,6 +21,12 @@ def resolve(params: Params) -> dict[str, str]:
 
     Raises InputError subclasses when something named is not there.
     """
+    # The dense model last: it may import timm or MLflow.
+    return {**resolve_images(params), "dense.source": dense_source.resolve(params)}
+
+
+def resolve_images(params: Params) -> dict[str, str]:
+    """The same of images and labels alone."""
     found = {}
     if params.calibration.source.startswith(LOCAL):
         found["calibration.source"] = _images(params.calibration.source)
@@ -28,7 +34,6 @@ def resolve(params: Params) -> dict[str, str]:
         found["evaluation.source"] = _images(params.evaluation.source, labelled=params.evaluation.labels is True)
     if isinstance(params.evaluation.labels, str):
         found["evaluation.labels"] = _file(Path(params.evaluation.labels))
-    found["dense.source"] = dense_source.resolve(params)  # last: it may import timm or MLflow
     return found
 
 

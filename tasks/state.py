@@ -15,7 +15,7 @@ def home() -> Path:
 
 def refuse_unwritable() -> None:
     """Raise InputError when nothing can be written into the state folder, or where it would be made."""
-    there = next(place for place in (home(), *home().parents) if place.exists())
+    there = next(place for place in (home(), *home().parents) if os.path.lexists(place))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{there} cannot be written to; set REGROW_HOME to a folder for regrow's state that can")
 

@@ -168,6 +168,11 @@ def _preprocessing() -> dict[str, object]:
     return dict(PREPROCESSING)
 
 
+def _no_such_device_for_a_model_to_train(workplace: Workplace) -> tuple[str, ...]:
+    _edit(workplace, '"bundle:dense", if_missing: refuse', '"models:/tiny@dense", if_missing: train')
+    return _no_such_device(workplace)
+
+
 MISTAKES = [
     _misspelled_key,
     _fifty,
@@ -184,6 +189,7 @@ MISTAKES = [
     _budget_that_cannot_be_met,
     _methods_that_do_not_go_together,
     _no_such_device,
+    _no_such_device_for_a_model_to_train,
     _state_that_cannot_be_written,
 ]
 
@@ -239,10 +245,10 @@ def test_a_command_typed_wrongly_ends_with_two(regrow: Command) -> None:
     assert "rnu" in errors
 
 
-def test_a_taken_port_is_refused(regrow: Command) -> None:
+def test_a_taken_port_is_refused(workplace: Workplace) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        code, errors = regrow("ui", "--port", str(other.getsockname()[1]))
-    assert code == 2
-    assert "is taken" in errors and "--port" in errors
+        finished = workplace.run("ui", "--port", str(other.getsockname()[1]))
+    assert finished.code == 2
+    assert "is taken" in finished.errors and "--port" in finished.errors

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import psutil
 import pytest
 
 from tasks.table import STAGES
-from tests.flows.workplace import Workplace
+from tests.flows.workplace import REGROW, Workplace
 
 AFTER_HEALING = {"healing", "evaluation", "report", "registration"}
 
@@ -112,12 +111,9 @@ def test_an_adapter_may_lie_in_the_working_directory(tmp_path: Path) -> None:
         "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
     )
     source = ("-S", "dense.source=adapter:my_network:build", "-S", "dense.adapter_allow=[my_network:build]")
-    # The installed command: `python -m` would have the working directory on its path in any case.
-    command = [Path(sys.executable).with_name("regrow"), "plan", "--json", *source]
-    environment = {**os.environ, "REGROW_HOME": str(workplace.home)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["stages"][0]["name"] == "dense"
+    done = workplace.run("plan", "--json", *source)
+    assert done.code == 0, done.errors
+    assert done.facts["stages"][0]["name"] == "dense"
 
 
 def test_history_and_rollback(walked: Workplace) -> None:
@@ -139,7 +135,7 @@ def test_a_killed_healing_goes_on_and_ends_in_the_same_bits(tmp_path: Path) -> N
         params = (workplace.folder / "params.yaml").read_text()
         (workplace.folder / "params.yaml").write_text(params.replace("epochs: 2", "epochs: 400"))
     assert undisturbed.stage("healing").code == 0
-    process = killed.start("tasks", "healing")
+    process = killed.start(sys.executable, "-m", "tasks", "healing")
     _wait_for_checkpoint(killed.home)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -160,16 +156,30 @@ def test_a_killed_healing_goes_on_and_ends_in_the_same_bits(tmp_path: Path) -> N
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_leaves_no_server_behind(ending: signal.Signals, tmp_path: Path) -> None:
     workplace = Workplace.make(tmp_path)
-    process = workplace.start("flows.cli", "run", "-S", "healing.starfish.epochs=100000")
-    _wait_for_checkpoint(workplace.home)
-    assert _servers(workplace.home)
-    os.killpg(process.pid, ending)
-    _, errors = process.communicate(timeout=100)
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").touch()  # a name that users of Prefect like as well
+    process = workplace.start(REGROW, "run", "-S", "healing.starfish.epochs=100000")
+    try:
+        _wait_for_checkpoint(workplace.home)
+        assert _servers(workplace.home)
+        os.killpg(process.pid, ending)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
     if ending == signal.SIGINT:
         assert process.returncode == 130
         assert "interrupted" in errors and "Traceback" not in errors
     _, alive = psutil.wait_procs(_servers(workplace.home), timeout=100)
     assert not alive
+
+
+def test_two_first_runs_at_once_both_find_a_server(tmp_path: Path) -> None:
+    code = "from flows import private_server\nwith private_server.available(): print('answers')"
+    workplace = Workplace(tmp_path)
+    both = [workplace.start(sys.executable, "-c", code, PREFECT_HOME=str(workplace.home / "prefect")) for _ in range(2)]
+    for process in both:
+        output, errors = process.communicate(timeout=300)
+        assert output == "answers\n", errors
 
 
 def _servers(home: Path) -> list[psutil.Process]:

@@ -27,6 +27,9 @@ registration: {name: tiny}
 promotion: {max_drop_dense: 1.0, max_drop_champion: 1.0, min_agreement: 0.0}
 """
 
+REGROW = str(Path(sys.executable).with_name("regrow"))
+"""The installed command: `python -m` would put the working directory first on the path."""
+
 PREPROCESSING = {
     "size": [32, 32],
     "resize": 32,
@@ -56,10 +59,9 @@ class Workplace:
         """The state folder."""
         return self.folder / ".regrow"
 
-    def start(self, *words: str, **extra: str) -> subprocess.Popen[str]:
-        """Start `python -m WORDS` here, in a process group of its own, as a shell does."""
+    def start(self, *command: str, **extra: str) -> subprocess.Popen[str]:
+        """Start a command here, in a process group of its own, as a shell does."""
         environment = {**os.environ, **extra, "REGROW_HOME": str(self.home), "PYTHONPATH": os.getcwd()}
-        command = [sys.executable, "-m", *words]
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -72,13 +74,13 @@ class Workplace:
 
     def run(self, *words: str) -> Finished:
         """`regrow WORDS`, to its end."""
-        process = self.start("flows.cli", *words)
+        process = self.start(REGROW, *words)
         output, errors = process.communicate(timeout=400)
         return Finished(process.returncode, output, errors)
 
     def stage(self, name: str) -> Finished:
         """`python -m tasks NAME`, what DVC calls."""
-        process = self.start("tasks", name)
+        process = self.start(sys.executable, "-m", "tasks", name)
         output, errors = process.communicate(timeout=400)
         return Finished(process.returncode, output, errors)
 

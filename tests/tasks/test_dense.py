@@ -256,26 +256,52 @@ def test_the_code_of_an_adapter_counts_from_wherever_its_network_comes(
     assert second["digest"] == first["digest"] and second["code"] != first["code"]
 
 
-@pytest.mark.parametrize("changed", ["__init__.py", "deep/layers.py", "../their_helpers.py"])
-def test_everything_that_an_adapter_may_run_counts(
-    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+COUNTED = ["their_package/__init__.py", "their_package/deep/layers.py", "their_helpers.py", "theirs/far/below.py"]
+COUNTED += ["elsewhere/linked.py"]
+CLUTTER = ["stranger.py", "their_package/.venv/tool.py", "their_package/.#layers.py"]
+
+
+@pytest.fixture
+def their_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with all that may hide code, and what ordinary editors and tools leave beside it."""
+    for name in (*COUNTED, *CLUTTER):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     package = tmp_path / "their_package"
-    (package / "deep").mkdir(parents=True)
-    (package / "__init__.py").write_text("from their_package.deep.layers import build\n")
-    (package / "deep" / "__init__.py").touch()
-    (package / "deep" / "layers.py").write_text("import their_helpers\n" + ADAPTER)
-    (tmp_path / "their_helpers.py").write_text("WIDTH = 3\n")
-    (tmp_path / "stranger.py").write_text("WIDTH = 3\n")
+    (package / "deep" / "layers.py").write_text("import their_helpers, theirs.far.below\n" + ADAPTER)
+    (package / "linked").symlink_to(tmp_path / "elsewhere")
+    (package / "loop").symlink_to(package)
+    (package / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    (package / "folder.py").mkdir()
+    (package / "deep" / "generated.py").write_text("x = " + "+".join(["1"] * 20000) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_everything_that_an_adapter_may_run_counts(name: str, their_code: Path) -> None:
     before = adapter_code.digest("their_package:build")
-    (tmp_path / "stranger.py").write_text("WIDTH = 4\n")
-    with (package / changed).open("a") as file:
+    with (their_code / name).open("a") as file:
         file.write("# a comment\n")
     assert adapter_code.digest("their_package:build") == before
-    with (package / changed).open("a") as file:
+    with (their_code / name).open("a") as file:
         file.write("CHANGED = True\n")
     assert adapter_code.digest("their_package:build") != before
+
+
+@pytest.mark.parametrize("name", CLUTTER)
+def test_what_an_adapter_does_not_run_does_not_count(name: str, their_code: Path) -> None:
+    before = adapter_code.digest("their_package:build")
+    (their_code / name).write_text("CHANGED = True\n")
+    assert adapter_code.digest("their_package:build") == before
+
+
+def test_an_adapter_may_lie_in_any_part_of_a_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("one", "two"):
+        (tmp_path / part / "spread" / part).mkdir(parents=True)
+        (tmp_path / part / "spread" / part / "nets.py").write_text(ADAPTER)
+        monkeypatch.syspath_prepend(tmp_path / part)
+    assert adapter_code.digest("spread.one.nets:build") and adapter_code.digest("spread.two.nets:build")
 
 
 def test_half_precision_is_brought_to_float32_and_said(tmp_path: Path, vit: nn.Module) -> None:

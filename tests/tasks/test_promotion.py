@@ -190,6 +190,19 @@ def test_an_interrupted_check_is_moved_back(registered: dict[str, str], monkeypa
     with pytest.raises(KeyboardInterrupt):
         promotion.promote(NAME, "2", PASSED, expect="1")
     assert registry.aliases(NAME)["champion"] == "1"
+    assert promotion.settled(NAME, "2", GATE) is None, "the next run asks again"
+
+
+def test_a_failed_return_leaves_the_mark_of_a_rollback(
+    registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promotion.promote(NAME, "2", PASSED, expect="1")
+    promotion.rollback(NAME)
+    monkeypatch.setattr(mlflow_client, "predict", lambda uri, images: np.full((1, 10), np.nan, np.float32))
+    with pytest.raises(PromotionError, match="does not serve"):
+        promotion.promote(NAME, "2", PASSED, expect="1")
+    decision = promotion.settled(NAME, "2", GATE)
+    assert decision is not None and "was rolled back" in decision.reason
 
 
 def test_images_of_the_wrong_size_are_no_check_that_passes(registered: dict[str, str]) -> None:
