@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = ("point", "seed", "epochs", "model", "top1", "agreement", "macs", "megabytes", "healing_minutes", "key")
+COLUMNS = ("point", "seed", "epochs", "model", "top1", "agreement", "macs", "megabytes", "healing_minutes", "artifact")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _run(point: Point, data: Path) -> list[dict[str, Any]]:
             "macs": found["macs"],
             "megabytes": round(found["bytes"] / 1e6, 2),
             "healing_minutes": round(minutes, 1) if model == "healed" else "",
-            "key": facts["artifacts"]["healing"][:12],
+            "artifact": facts["artifacts"]["healing"][:12],
         }
         for model, found in facts["evaluation"]["models"].items()
     ]
@@ -139,13 +139,13 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         runs.setdefault((row["point"], str(row["epochs"]), str(row["seed"])), {})[row["model"]] = row
     lines = [
-        "| point | epochs | seed | dense | pruned | after closed form | healed | agreement | MB | minutes | healing |",
+        "| point | epochs | seed | dense | pruned | after closed form | healed | agreement | MB | minutes | artifact |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (point, epochs, seed), models in runs.items():
         tops = [models[name]["top1"] if name in models else "" for name in _ORDER]
         healed = models["healed"]
-        tail = [healed["agreement"], healed["megabytes"], healed["healing_minutes"], f"`{healed['key']}`"]
+        tail = [healed["agreement"], healed["megabytes"], healed["healing_minutes"], f"`{healed['artifact']}`"]
         lines.append("| " + " | ".join(str(cell) for cell in (point, epochs, seed, *tops, *tail)) + " |")
     return "\n".join(lines) + "\n"
 

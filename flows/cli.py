@@ -65,8 +65,7 @@ def demo(output_json: Json = False, verbose: Verbose = False) -> None:
     """
     from flows import running
 
-    file = Path("params.yaml") if Path("params.yaml").exists() else None
-    raise typer.Exit(running.run(file, [], _output(output_json, verbose), is_demo=True))
+    raise typer.Exit(running.run(_demo_params(), [], _output(output_json, verbose), is_demo=True))
 
 
 @app.command()
@@ -75,7 +74,7 @@ def run(
 ) -> None:
     """Recompress the model that the params name; what is cached does not run again.
 
-    `regrow run -p benchmarks/presets/deit_tiny_vbp.yaml -S dense.source=file:deit.safetensors`
+    `regrow run -S allocation.budget.neurons=0.4`
     """
     from flows import running
 
@@ -210,6 +209,19 @@ def _params_file(given: Path | None) -> Path:
     file = given or Path("params.yaml")
     if not file.is_file():
         raise InputError(f"there is no {file} here; give one with --params, or try `regrow demo`")
+    return file
+
+
+def _demo_params() -> Path | None:
+    """The params.yaml here, if it is about digits: in a checkout the demo is the canonical experiment."""
+    file = Path("params.yaml")
+    if not file.is_file():
+        return None
+    from tasks import params
+
+    source = params.load(file, []).calibration.source
+    if source != "digits":
+        raise InputError(f"params.yaml here is about {source}, not the demo's digits; `regrow run` runs it")
     return file
 
 

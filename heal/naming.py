@@ -5,6 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from heal.errors import MethodError
+
+
+def refuse_unknown(param: str, value: str, known: Iterable[str]) -> None:
+    """Raise MethodError unless a method's param is one of the words that it knows."""
+    if value not in known:
+        raise MethodError(f"{param} = {value!r} is unknown; {nearest(value, known)}")
+
 
 def nearest(wanted: str, known: Iterable[str]) -> str:
     """ "did you mean 'x'?", or the list of what there is (at most eight names)."""

@@ -69,7 +69,8 @@ def merge(a: LayerStats, b: LayerStats) -> LayerStats:
 
 
 def moments(rows: Tensor, comoment: bool = False) -> LayerStats:
-    """Moments of one batch [groups, rows, channels]; sums are float32 within a group, float64 beyond."""
+    """Moments of one batch [groups, rows, channels]; sums are float32 within a group and float64 beyond,
+    products float32 within the batch: rounding that grows with neither the images nor the batches."""
     count, channels = rows.shape[0] * rows.shape[1], rows.shape[2]
     sample = rows[:, ::SAMPLED].float()
     shift = sample.sum(0).sum(0) / (sample.shape[0] * sample.shape[1])

@@ -35,7 +35,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     """Write images.parquet and calibration.json. Raises ImagesError."""
     section, drawing = params.calibration, _drawing(params)
     progress.log(f"draws {section.count} of {len(drawing.ids)} images of {drawing.source.name}; labels are not read")
-    digest = hashlib.sha256()
+    digest = data.IdsDigest()
     with (
         pq.ParquetWriter(output / "images.parquet", _SCHEMA, compression="none") as writer,
         progress.track("images", section.count) as advance,
@@ -43,12 +43,12 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         for group in _grouped(drawing.images(), ROW_GROUP):
             writer.write_table(pa.table(list(zip(*group, strict=True)), schema=_SCHEMA), row_group_size=ROW_GROUP)
             for image, encoded in group:
-                digest.update(f"{hashlib.sha256(encoded).hexdigest()}  {image}\n".encode())
+                digest.add(image, encoded)
             advance(len(group))
     for image in drawing.skipped:
         progress.log(f"skipped {image}: it cannot be decoded")
     artifacts.write_json(
-        output / "calibration.json", _described(drawing, digest.hexdigest(), params.evaluation.source, inputs)
+        output / "calibration.json", _described(drawing, digest.hex(), params.evaluation.source, inputs)
     )
     return {"images": float(section.count), "skipped": float(len(drawing.skipped))}
 

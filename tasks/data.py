@@ -65,6 +65,22 @@ def is_shared(calibration: str, evaluation: str) -> bool:
     return _located(calibration) == _located(evaluation)
 
 
+class IdsDigest:
+    """SHA-256 over images in their order: a line of each one's own digest and its id."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, image: str, encoded: bytes) -> bytes:
+        """Take one in, and give it back."""
+        self._digest.update(f"{hashlib.sha256(encoded).hexdigest()}  {image}\n".encode())
+        return encoded
+
+    def hex(self) -> str:
+        """Of all that were added."""
+        return self._digest.hexdigest()
+
+
 def is_held_out(image: str) -> bool:
     """Whether an id of a shared source is for evaluation: by its hash, so it never changes sides."""
     return int.from_bytes(hashlib.sha256(image.encode()).digest()[:8]) < HELD_OUT * 2**64

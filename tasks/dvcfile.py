@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from tasks import atomic, code
+from tasks.methods import METHOD_KEYS
 from tasks.plots import PLOTS
 from tasks.references import FOLDER
 from tasks.table import STAGES, Stage, Stages
@@ -49,9 +50,15 @@ def _stage(stage: Stage) -> dict[str, Any]:
     return {
         "cmd": f"python -m tasks {stage.name}",
         "deps": [*(_reference(name) for name in stage.upstream), *_code(stage)],
-        "params": list(stage.params),
+        "params": list(dict.fromkeys(_watched(key) for key in stage.params)),
         "outs": [{_reference(stage.name): {"cache": False}}, *OUTPUTS.get(stage.name, ()), *plots],
     }
+
+
+def _watched(key: str) -> str:
+    """What DVC watches for a params key: for the name of a method its section, as options may change what it needs."""
+    section, _, leaf = key.partition(".")
+    return section if leaf and METHOD_KEYS.get(section) == leaf else key
 
 
 def _reference(name: str) -> str:

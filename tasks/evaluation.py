@@ -42,6 +42,8 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     for name, timing in timings.items():
         measured[name]["latency"] = timing
     content = {
+        "source": images.source,
+        "ids_digest": images.digest,
         "images": len(images.array),
         "labels": images.labels is not None,
         "models": measured,

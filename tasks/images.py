@@ -14,6 +14,7 @@ from heal import bundle
 from heal.errors import ImagesError
 from tasks import artifacts, data
 from tasks.classes import Classes
+from tasks.data import IdsDigest
 from tasks.image_array import ImageArray, array, load_calibration
 from tasks.preprocessing import Preprocessing, parse
 
@@ -26,8 +27,13 @@ __all__ = ["EvaluationImages", "ImageArray", "array", "load_calibration", "load_
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """What a model is judged by. labels: int64 [n], subsets: a name an image; None where there are none."""
+    """What a model is judged by. labels: int64 [n], subsets: a name an image; None where there are none.
 
+    digest: SHA-256 over the images' own and their ids, as the calibration stage makes it.
+    """
+
+    source: str
+    digest: str
     array: ImageArray
     ids: Sequence[str]
     labels: Tensor | None
@@ -44,10 +50,11 @@ def load_evaluation(section: Evaluation, dense: Path, calibration: Path, progres
     source, ids = data.for_evaluation(section.source, shared)
     labels, subsets = read_labels(section, source, ids, Classes.of(dense), progress.fallback)
     progress.log(f"{len(ids)} images, labels are {'not read' if labels is None else 'read (evaluation.labels)'}")
-    rows = ((image, source.read(image)) for image in ids)
+    digest = IdsDigest()
+    rows = ((image, digest.add(image, source.read(image))) for image in ids)
     preprocessing = parse(bundle.read(dense / "bundle")["preprocessing"])
     pixels = array(rows, len(ids), preprocessing, progress.checkpoints / "evaluation.npy")
-    return EvaluationImages(pixels, ids, labels, subsets)
+    return EvaluationImages(source.name, digest.hex(), pixels, ids, labels, subsets)
 
 
 def read_labels(

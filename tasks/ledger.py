@@ -29,7 +29,8 @@ class Move:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.when}  {self.name}@{self.alias}  {self.before or '-'} -> {self.after or '-'}  {self.reason}"
+        moved = f"{self.before or '-'} -> {self.after or '-'}"
+        return f"{self.when}  {self.name}@{self.alias}  {moved}  {self.who}  {self.reason}"
 
     def line(self) -> str:
         """The move as one line of JSON."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from heal.errors import InputError
 from tasks import methods
@@ -105,7 +104,9 @@ def _explained(error: ValidationError, parent: str, written: Written) -> list[st
             found[_not_a_key(dotted, written)] = []
         else:
             about = f"{_place(written, dotted)}: {dotted}{_shown(problem['input'])}: "
-            found.setdefault(about, []).append(_message(problem["type"], problem["msg"], dotted) + _spelled(problem))
+            found.setdefault(about, []).append(
+                _message(problem["type"], problem["msg"], dotted) + _spelled(problem["type"], problem["input"])
+            )
     return [
         about + " or ".join(dict.fromkeys(messages)).replace(" or must be", " or") for about, messages in found.items()
     ]
@@ -134,10 +135,9 @@ def _message(kind: str, message: str, dotted: str) -> str:
     )
 
 
-def _spelled(problem: ErrorDetails) -> str:
+def _spelled(kind: str, value: object) -> str:
     """How to write a single value where a list is wanted."""
-    value = problem["input"]
-    return f", such as [{value}]" if problem["type"] == "tuple_type" and isinstance(value, (str, int, float)) else ""
+    return f", such as [{value}]" if kind == "tuple_type" and isinstance(value, (str, int, float)) else ""
 
 
 def _shown(value: object) -> str:

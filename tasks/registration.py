@@ -65,6 +65,8 @@ def _record(run_id: str, inputs: Mapping[str, Path], output: Path) -> None:
         tracking.log_curve(run_id, f"healing/{report['method']}/loss", report["losses"])
     calibration = artifacts.read_json(inputs["calibration"] / "calibration.json")
     tracking.log_dataset(run_id, calibration["source"], calibration["ids_digest"], "calibration")
+    evaluation = artifacts.read_json(inputs["evaluation"] / "evaluation.json")
+    tracking.log_dataset(run_id, evaluation["source"], evaluation["ids_digest"], "evaluation")
     tracking.log_artifact(run_id, inputs["report"] / "report.html")
     tracking.log_artifact(run_id, inputs["allocation"] / "allocation.json")
     artifacts.write_json(output / "lineage.json", _lineage(inputs))

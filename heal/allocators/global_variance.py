@@ -15,6 +15,7 @@ from heal.allocators.widths import ranked_globally, refuse_if_too_small, rounded
 from heal.errors import MethodError
 from heal.families.lookup import cuttable_or_raise
 from heal.method import Statistics
+from heal.naming import refuse_unknown
 from heal.values import Allocation, Budget
 
 
@@ -37,6 +38,8 @@ class GlobalVariance:
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise MethodError(f"global_variance.multiple = {self.multiple} must be at least 1")
+        refuse_unknown("global_variance.statistic", self.statistic, ("post", "pre"))
+        refuse_unknown("global_variance.scope", self.scope, ("global", "layer"))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -19,10 +19,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from heal.errors import MethodError
 from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array, shuffled
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
+from heal.naming import refuse_unknown
 from heal.states import TeacherStates, alignment, block_outputs, cosine, rows
 from heal.training import Schedule, fit, precision_on
 from heal.values import Mask
@@ -32,8 +34,9 @@ from heal.values import Mask
 class Starfish:
     """Align block outputs by cosine; all surviving weights of the prunable layers train.
 
-    epochs, batch_size, lr, min_lr: 10, 32, 6e-4, 1e-6 (official code). precision: "auto" takes
-    bfloat16 autocast where the hardware has it; the loss is float32 in any case.
+    epochs, batch_size: at least 1; 10 and 32. lr, min_lr: 0 <= min_lr <= lr; 6e-4 and 1e-6 (all as
+    the official code). precision: "auto" takes bfloat16 autocast where the hardware has it; the loss
+    is float32 in any case.
     """
 
     unit: ClassVar[str] = "any"
@@ -45,6 +48,9 @@ class Starfish:
 
     def __post_init__(self) -> None:
         Schedule(self.epochs, self.lr, self.min_lr)
+        refuse_unknown("starfish.precision", self.precision, ("auto", "float32", "bfloat16"))
+        if self.batch_size < 1:
+            raise MethodError(f"starfish.batch_size = {self.batch_size} must be at least 1")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from heal.allocators.global_variance import variances
 from heal.families.lookup import cuttable_or_raise
 from heal.method import Statistics
+from heal.naming import refuse_unknown
 from heal.values import Allocation, ChannelCut
 
 
@@ -30,6 +31,9 @@ class Variance:
     unit: ClassVar[str] = "neurons"
     fold_mean: bool = True
     statistic: Literal["post", "pre"] = "post"
+
+    def __post_init__(self) -> None:
+        refuse_unknown("variance.statistic", self.statistic, ("post", "pre"))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -93,10 +93,9 @@ def publish(
     write(inputs["pruning"] / "pruned.json", {"kind": kind, "names": list(kept), "lines": lines, "total": total})
     write(inputs["healing"] / "healing.json", reports)
     evaluation = {"images": images, "labels": models["dense"]["top1"] is not None, "models": models, "subsets": {}}
-    write(
-        inputs["evaluation"] / "evaluation.json",
-        evaluation | {"budget": None, "measured_with": "2 CPU threads, torch 2.13.0"},
-    )
+    evaluation |= {"budget": None, "measured_with": "2 CPU threads, torch 2.13.0"}
+    evaluation |= {"source": "imagefolder:validation", "ids_digest": "e" * 64}
+    write(inputs["evaluation"] / "evaluation.json", evaluation)
     return inputs
 
 

@@ -46,7 +46,13 @@ def inputs(tmp_path: Path, bundles: dict[str, Path]) -> dict[str, Path]:
         "calibration/calibration.json": {"source": "digits", "count": 512, "ids_digest": "e" * 64},
         "allocation/allocation.json": {"method": "global_variance", "kept": {"blocks.0": 5}},
         "healing/healing.json": reports,
-        "evaluation/evaluation.json": {"images": 64, "labels": True, "models": models},
+        "evaluation/evaluation.json": {
+            "source": "imagefolder:validation",
+            "ids_digest": "e" * 64,
+            "images": 64,
+            "labels": True,
+            "models": models,
+        },
         "healing/manifest.json": {"key": "k" * 64, "stage": "healing", "files": {"healing.json": {}}},
     }
     for name, content in contents.items():
@@ -99,8 +105,8 @@ def test_the_run_tells_what_made_it(home: Path, declared: Params, inputs: dict[s
     curve = mlflow_client.client().get_metric_history(found.info.run_id, "healing/starfish/loss")
     assert [point.value for point in sorted(curve, key=lambda point: point.step)] == LOSSES
     assert found.inputs is not None
-    (data,) = found.inputs.dataset_inputs
-    assert (data.dataset.name, data.tags[0].value) == ("digits", "calibration")
+    read = {(data.dataset.name, data.tags[0].value) for data in found.inputs.dataset_inputs}
+    assert read == {("digits", "calibration"), ("imagefolder:validation", "evaluation")}
     kept = {path.name: path for path in state.mlflow_artifacts().rglob("*.*") if "models" not in path.parts}
     assert kept.keys() == {"report.html", "allocation.json", "lineage.json"}
     assert json.loads(kept["lineage.json"].read_text())["stages"]["healing"] == {"key": "k" * 64, "stage": "healing"}

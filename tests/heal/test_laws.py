@@ -1,0 +1,82 @@
+"""What holds of every method in the dictionaries on every family; a new entry is tested by being there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import heal
+from heal.allocators import ALLOCATORS
+from heal.errors import InputError
+from heal.families.lookup import describe
+from heal.healers import HEALERS
+from heal.method import Allocator, Healer, Pruner, check
+from heal.pruners import PRUNERS
+from heal.surgery import widths
+from heal.values import Budget, Mask
+from tests.heal import nets
+
+BUDGETS = (Budget(weights=0.6), Budget(neurons=0.5))
+
+
+@pytest.mark.parametrize("healer", HEALERS)
+@pytest.mark.parametrize("net", nets.NETS)
+def test_the_laws_hold(net: str, healer: str) -> None:
+    dense, images = nets.build(net), nets.images(4)
+    before = _state(dense)
+    for budget, allocator, pruner in _that_make_sense(dense, healer):
+        first, again = (heal.recompress(dense, images, budget, allocator, pruner, [_quick(healer)]) for _ in range(2))
+        assert _same(_state(first.model), _state(again.model)), "the same seed gives the same bits"
+        assert _same(_state(dense), before), "the dense model is only read"
+        assert all(tensor.isfinite().all() for tensor in _state(first.model).values() if tensor.is_floating_point())
+        allocation = first.report.allocation
+        assert sum(allocation.kept.values()) == budget.kept(sum(allocation.total.values())), "the budget is exact"
+        if type(pruner) is PRUNERS["none"]:
+            assert _same(_state(first.model), before), "nothing was pruned"
+        elif isinstance(first.pruned, Mask):
+            assert first.pruned.keep.keys() == allocation.kept.keys()
+            for layer, keep in first.pruned.keep.items():
+                weight = first.model.get_submodule(layer).get_parameter("weight")
+                assert int(keep.sum()) == allocation.kept[layer], "the allocation is met layer by layer"
+                assert not weight[~keep].any(), "what is masked stays zero"
+        else:
+            found = widths(first.model)
+            assert {layer: found[layer] for layer in allocation.kept} == dict(allocation.kept)
+
+
+@pytest.mark.parametrize("net", nets.NETS)
+def test_a_combination_makes_sense_or_is_refused_before_anything_is_computed(net: str) -> None:
+    model = nets.build(net)
+    tried = [combination for healer in HEALERS for combination in _that_make_sense(model, healer)]
+    assert any(budget.unit == "weights" for budget, _, _ in tried), "every network can be masked"
+    assert any(budget.unit == "neurons" for budget, _, _ in tried) == bool(describe(model).pairs)
+
+
+def _that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Allocator, Pruner]]:
+    for budget in BUDGETS:
+        for allocator in ALLOCATORS.values():
+            for pruner in PRUNERS.values():
+                methods: tuple[Allocator, Pruner] = (allocator(), pruner())
+                try:
+                    check(describe(model), budget, *methods, [_quick(healer)])
+                except InputError:
+                    continue
+                yield budget, *methods
+
+
+def _quick(name: str) -> Healer:
+    healer: Healer = HEALERS[name]()
+    short = {"epochs": 1} if dataclasses.is_dataclass(healer) and hasattr(healer, "epochs") else {}
+    return dataclasses.replace(healer, **short)  # type: ignore[type-var]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
