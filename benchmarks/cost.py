@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import platform
 import re
 import resource
 import statistics
@@ -55,7 +56,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224").eval()
     lines = [
-        f"{torch.get_num_threads()} threads, torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}; "
+        f"{_cpu()}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset')}, "
+        f"torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}; "
         f"medians of {ROUNDS} rounds in turns, quartiles in brackets",
         "",
         "| what | ratio | bound |",
@@ -70,6 +72,13 @@ def main() -> None:
     ]
     (HERE / "cost.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def _cpu() -> str:
+    """The model's name, where the system tells."""
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", file.read_text(), re.MULTILINE) if file.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _activations(model: nn.Module, comoment: bool) -> str:
