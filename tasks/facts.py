@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,7 +22,8 @@ class Facts:
     """The artifacts' JSON, with the models of the evaluation as rows.
 
     `bundle` is the dense bundle.json, `pruner` what the pruned bundle says of its method, `digests` maps a stage to
-    its artifact's digest, `weights` is the SHA-256 of the healed weights file.
+    its artifact's digest, `weights` is the SHA-256 of the healed weights file. `params` are those that the
+    artifacts were made with, by dotted key, with the names that were looked up among them.
     """
 
     dense: Mapping[str, Json]
@@ -36,6 +37,7 @@ class Facts:
     rows: tuple[Row, ...]
     digests: Mapping[str, str]
     weights: str
+    params: Mapping[str, Json]
 
     @property
     def model(self) -> str:
@@ -86,6 +88,7 @@ def gather(inputs: Mapping[str, Path]) -> Facts:
         rows=tuple(replace(row, bytes_float16=_bytes_float16(_weights(row.name, inputs))) for row in measured),
         digests={stage: _digest(folder) for stage, folder in inputs.items()},
         weights=healed["files"]["weights.safetensors"],
+        params=_params(inputs.values()),
     )
 
 
@@ -94,6 +97,16 @@ def forward_order(names: Mapping[str, Json]) -> list[str]:
     return sorted(
         names, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in _parts(name)]
     )
+
+
+def _params(folders: Iterable[Path]) -> dict[str, Json]:
+    """From the manifests: a folder that the store handed out has one."""
+    found: dict[str, Json] = {}
+    for folder in folders:
+        if (folder / manifest.NAME).is_file():
+            ingredients = _json(folder / manifest.NAME)["ingredients"]
+            found |= {**ingredients["params"], **ingredients["names"]}
+    return found
 
 
 def _parts(name: str) -> list[str]:

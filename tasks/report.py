@@ -65,7 +65,7 @@ def _page(facts: Facts) -> dict[str, Any]:
         "columns": columns,
         "subsets": list(_subsets(facts)),
         "steps": reproduction.steps(facts),
-        "command": reproduction.command(facts),
+        "params_file": reproduction.params_file(facts),
         "names_files": reproduction.names_files(facts),
         "limits": list(_limits(facts)),
         "cuts": [_cut(line) for line in facts.pruned["lines"]],

@@ -1,16 +1,19 @@
-"""How to make a result again: the params that the artifacts remember, and the command that sets them."""
+"""How to make a result again: the params that the artifacts were made with, as a file."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tasks.facts import Facts
+from tasks.table import MOVING
 
 PLAIN = re.compile(r"[A-Za-z][\w./:@-]*")
 
@@ -40,32 +43,24 @@ def steps(facts: Facts) -> list[Step]:
     ]
 
 
-def overrides(facts: Facts) -> Iterator[str]:
-    """The same as `-S` overrides."""
-    unit = facts.allocation["unit"]
-    yield f"dense.source={_text(facts.dense['source'])}"
-    yield f"calibration.source={_text(facts.calibration['source'])}"
-    yield f"calibration.count={facts.calibration['count']}"
-    yield f"allocation.method={facts.allocation['method']}"
-    yield f"allocation.budget={_flow({unit: removed(facts)})}"
-    yield from _options("allocation", facts.allocation["method"], facts.allocation["params"])
-    if "pruner" in facts.pruner:
-        yield f"pruning.method={facts.pruner['pruner']}"
-        yield from _options("pruning", facts.pruner["pruner"], facts.pruner.get("params") or {})
-    yield f"healing.methods={_flow(list(facts.healers))}"
-    for report in facts.healing:
-        yield from _options("healing", report["method"], report["params"])
-
-
-def command(facts: Facts) -> str:
-    """`regrow run` with every override, a line each, quoted for a shell."""
-    return " \\\n  ".join(["regrow run", *(f"-S {shlex.quote(text)}" for text in overrides(facts))])
+def params_file(facts: Facts) -> str:
+    """A params.yaml that makes the same artifacts again; files and folders without their path."""
+    tree: dict[str, Any] = {}
+    for dotted in sorted(facts.params):
+        value = facts.params[dotted]
+        if value is None:
+            continue
+        *sections, leaf = dotted.split(".")
+        inside = tree
+        for name in sections:
+            inside = inside.setdefault(name, {})
+        inside[leaf] = _public(dotted, value)
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=88) if tree else ""
 
 
 def names_files(facts: Facts) -> bool:
-    """Whether a source is a file or folder: artifacts name these without their path."""
-    sources = (facts.dense["source"], facts.calibration["source"])
-    return any(source.partition(":")[0] in ("file", "bundle", "imagefolder", "parquet") for source in sources)
+    """Whether a param is a file or folder, which stands there without its path."""
+    return any(value != _public(dotted, value) for dotted, value in facts.params.items())
 
 
 def removed(facts: Facts) -> float:
@@ -80,16 +75,17 @@ def _params(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((name, _text(value)) for name, value in params.items())
 
 
-def _options(section: str, method: str, params: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in params.items():
-        yield f"{section}.{method}.{name}={_text(value)}"
+def _public(dotted: str, value: Any) -> Any:
+    """A param without a path of this machine in it."""
+    if dotted not in MOVING or not isinstance(value, str):
+        return value
+    kind, _, place = value.partition(":")
+    if kind in ("file", "bundle", "imagefolder", "parquet"):
+        return f"{kind}:{Path(place).resolve().name}"
+    return Path(value).name if dotted == "evaluation.labels" else value
 
 
 def _text(value: Any) -> str:
     """As YAML reads it back: JSON, but plain words without quotes."""
     is_plain = isinstance(value, str) and PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false")
-    return str(value) if is_plain else _flow(value)
-
-
-def _flow(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return str(value) if is_plain else json.dumps(value, ensure_ascii=False)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
-import math
 import re
-import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +17,12 @@ from heal import bundle as bundle_io
 from heal.compat import timm
 from heal.pruned import apply, describe_cuts
 from heal.values import Allocation, ChannelCut
-from tasks import artifacts, figures, manifest, report, reproduction
+from tasks import artifacts, figures, keys, manifest, report
 from tasks import models as models_io
 from tasks.facts import forward_order, gather
-from tasks.params_file import Written, override
+from tasks.params import load
 from tasks.progress import Progress
+from tasks.table import MOVING, STAGES
 from tests.tasks.published import CASES, DEIT, baseline, deit, digits, masked, write
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -148,7 +148,7 @@ def test_a_baseline_claims_nothing(tmp_path: Path) -> None:
     text = Page(run(baseline(tmp_path / "in"), tmp_path / "out")).text
     assert "Nothing was pruned" in text and "not pruned, not healed" in text
     assert "Layer by layer" not in text and "Masks" not in text
-    assert "off by 128" in text and "a file or folder wants its path" in text
+    assert "off by 128" in text
 
 
 def test_passed_over_calibration_images_are_counted(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_every_digest_is_shown(tmp_path: Path) -> None:
 def test_a_manifest_in_the_folder_changes_no_digest(tmp_path: Path) -> None:
     inputs = deit(tmp_path / "in")
     before = gather(inputs).digests
-    (inputs["dense"] / manifest.NAME).write_text("{}")
+    write(inputs["dense"] / manifest.NAME, {"ingredients": {"params": {}, "names": {}}})
     assert gather(inputs).digests == before
 
 
@@ -205,16 +205,28 @@ def test_figures_are_named_for_who_cannot_see_them(tmp_path: Path) -> None:
     assert ("html", "lang", "en") in page.attributes
 
 
-def test_a_command_sets_every_param_again(tmp_path: Path) -> None:
-    facts = gather(deit(tmp_path / "in"))
-    words = shlex.split(reproduction.command(facts).replace("\\\n", " "))
-    assert words[:2] == ["regrow", "run"]
-    values: Any = override(Written(), words[3::2]).values
-    assert values["dense"] == {"source": "timm:deit_small_patch16_224"}
-    assert values["healing"]["methods"] == ["closed_form", "starfish"]
-    assert values["healing"]["starfish"]["lr"] == 6e-4
-    budget = values["allocation"]["budget"]["neurons"]
-    assert math.floor((1 - budget) * facts.total + 0.5) == facts.allocation["asked"]
+def test_the_params_on_the_page_make_the_same_again(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    overrides = [
+        f"dense.source=file:{secret}/weights.safetensors",
+        "dense.architecture=vit_tiny_patch16_224",
+        "dense.architecture_args={img_size: 64}",
+        f"calibration.source=imagefolder:{secret}/photos",
+        "calibration.seed=3",
+        f"evaluation.labels={secret}/labels.csv",
+        "allocation.budget={neurons: 0.4}",
+        "healing.starfish.lr=3e-4",
+    ]
+    asked, inputs = load(None, overrides), deit(tmp_path / "in")
+    looked_up = dict.fromkeys(MOVING, "digest")
+    for stage, folder in inputs.items():
+        write(folder / manifest.NAME, {"ingredients": keys.settings(STAGES[stage], asked, looked_up)})
+    page = run(inputs, tmp_path / "out")
+    assert "secret" not in page and "give files and folders their paths" in page
+    (tmp_path / "params.yaml").write_text(html.unescape(page.partition("<pre><code>")[2].partition("</code>")[0]))
+    again = load(tmp_path / "params.yaml", [text for text in overrides if "secret" in text])
+    for stage in inputs:
+        assert again.slice(STAGES[stage].params) == asked.slice(STAGES[stage].params)
 
 
 def test_summary_csv_has_the_raw_numbers(tmp_path: Path) -> None:
