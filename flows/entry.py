@@ -10,5 +10,7 @@ def main() -> None:
     try:
         from flows import cli
     except ModuleNotFoundError as error:
-        sys.exit(f"error: there is no module {error.name}; the command line needs more: pip install 'regrow[pipeline]'")
+        needed = "the command line needs more: pip install 'regrow[pipeline]'"
+        sys.stderr.write(f"error: there is no module {error.name}; {needed}\n")
+        sys.exit(2)
     cli.main()

@@ -66,14 +66,14 @@ def is_shared(calibration: str, evaluation: str) -> bool:
 
 
 class IdsDigest:
-    """SHA-256 over images in their order: a line of each one's own digest and its id."""
+    """SHA-256 over images in their order: a line of each one's own digest, its id, and a note on it if there is one."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, image: str, encoded: bytes) -> bytes:
+    def add(self, image: str, encoded: bytes, note: str = "") -> bytes:
         """Take one in, and give it back."""
-        self._digest.update(f"{hashlib.sha256(encoded).hexdigest()}  {image}\n".encode())
+        self._digest.update(f"{hashlib.sha256(encoded).hexdigest()}  {image}{note}\n".encode())
         return encoded
 
     def hex(self) -> str:
@@ -88,12 +88,11 @@ def is_held_out(image: str) -> bool:
 
 def digest(source: Source, ids: Iterable[str] | None = None, labelled: bool = False) -> str:
     """SHA-256 over ids and bytes, in order, and labels if asked; one image in memory at a time."""
-    total = hashlib.sha256()
+    total = IdsDigest()
     labels = (source.labels() or {}) if labelled else {}
     for image in source.ids() if ids is None else ids:
-        label = f"  {labels[image]!r}" if image in labels else ""
-        total.update(f"{hashlib.sha256(source.read(image)).hexdigest()}  {image}{label}\n".encode())
-    return total.hexdigest()
+        total.add(image, source.read(image), f"  {labels[image]!r}" if image in labels else "")
+    return total.hex()
 
 
 @dataclass(frozen=True)

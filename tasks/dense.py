@@ -20,7 +20,7 @@ from heal.evaluation import predict
 from heal.families.lookup import describe
 from heal.pruned import refuse_broken
 from heal.timm_config import preprocessing
-from tasks import adapter_code, artifacts, demo, dense_source, weights
+from tasks import adapter_code, artifacts, demo, dense_source, source_name, weights
 from tasks.preprocessing import Preprocessing, parse
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         )
     family, parameters = describe(opened.model).name, cost.parameters(opened.model)
     classes = _classes(opened.model, parse(bundle.read(output / "bundle")["preprocessing"]))
-    described = {"source": dense_source.public(section.source), "digest": digest, "family": family, "classes": classes}
+    described = {"source": source_name.public(section.source), "digest": digest, "family": family, "classes": classes}
     if opened.architecture.source == "adapter":  # what comes after depends on this code as well
         described["code"] = adapter_code.digest(opened.architecture.name)
     artifacts.write_json(output / "dense.json", described)

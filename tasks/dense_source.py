@@ -47,12 +47,6 @@ def split(source: str) -> tuple[str, str]:
     return kind, name
 
 
-def public(source: str) -> str:
-    """The source without a path of this machine."""
-    kind, name = split(source)
-    return f"{kind}:{Path(name).resolve().name}" if kind in ("file", "bundle") else source
-
-
 def is_to_train(section: Dense) -> bool:
     """Whether the alias is not there and a digits model may stand in. A registry that is down is not a missing one."""
     name, _, alias = section.source.removeprefix("models:/").partition("@")

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from tasks import source_name
 from tasks.facts import Facts
 from tasks.table import MOVING
 
@@ -79,10 +80,7 @@ def _public(dotted: str, value: Any) -> Any:
     """A param without a path of this machine in it."""
     if dotted not in MOVING or not isinstance(value, str):
         return value
-    kind, _, place = value.partition(":")
-    if kind in ("file", "bundle", "imagefolder", "parquet"):
-        return f"{kind}:{Path(place).resolve().name}"
-    return Path(value).name if dotted == "evaluation.labels" else value
+    return Path(value).name if dotted == "evaluation.labels" else source_name.public(value)
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flows import cli
+from flows import cli, entry
 from heal import bundle
 from tests.flows.workplace import Workplace
 from tests.heal import nets
@@ -252,3 +252,15 @@ def test_a_taken_port_is_refused(workplace: Workplace) -> None:
         finished = workplace.run("ui", "--port", str(other.getsockname()[1]))
     assert finished.code == 2
     assert "is taken" in finished.errors and "--port" in finished.errors
+
+
+def test_without_its_extras_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "flows.cli")
+    monkeypatch.delattr("flows.cli")
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 2
+    assert "no module typer" in (said := capsys.readouterr().err) and "regrow[pipeline]" in said
