@@ -36,7 +36,7 @@ def recompress(params_file: str | None = None, overrides: list[str] | None = Non
         dense = road.stage("dense")
         calibration = road.stage("calibration", dense)
         activations = road.stage("activations", dense, calibration)
-        allocation = road.stage("allocation", dense, activations)
+        allocation = road.stage("allocation", dense, calibration, activations)
         pruning = road.stage("pruning", dense, activations, allocation)
         healing = road.stage("healing", dense, calibration, activations, pruning)
         evaluation = road.stage("evaluation", dense, calibration, allocation, pruning, healing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from heal.errors import ImagesError, InputError
-from heal.modes import evaluating
+from heal.modes import evaluating, listening
 
 
 def parameters(model: nn.Module) -> int:
@@ -40,6 +40,27 @@ def macs(model: nn.Module, input_size: Sequence[int]) -> int:
     with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_encoder(), counter:
         model(image)
     return int(counter.get_total_flops()) // 2
+
+
+def uses(model: nn.Module, layers: Iterable[str], image: Tensor) -> dict[str, int]:
+    """How often each weight of a layer multiplies for one image [1, c, h, w]: the positions of its output.
+
+    Times its number of weights that is the layer's MACs. A layer that is never called has 0.
+    """
+    found = dict.fromkeys(layers, 0)
+
+    def counter(layer: str) -> Callable[[Tensor], None]:
+        axis = 1 if isinstance(model.get_submodule(layer), nn.Conv2d) else -1
+
+        def count(output: Tensor) -> None:
+            found[layer] += output.numel() // output.shape[axis]
+
+        return count
+
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode(), listening(model, {f"{la}.output": counter(la) for la in found}):
+        model(image.to(device))
+    return found
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,16 @@ def is_array(images: Images) -> TypeGuard[Tensor | ImageArray]:
     return hasattr(images, "shape") and not isinstance(images, (list, tuple))
 
 
+def first(images: Images, count: int, batch_size: int) -> list[Tensor]:
+    """The first `count` images (fewer if there are no more) as batches held in memory."""
+    taken: list[Tensor] = []
+    for batch in Replay(images, batch_size):
+        taken.append(batch[: count - sum(len(other) for other in taken)])
+        if sum(len(other) for other in taken) >= count:
+            break
+    return taken
+
+
 def shuffled(count: int, seed: int, purpose: str) -> Tensor:
     """A permutation [count] drawn from a generator of its own, named by (seed, purpose)."""
     return torch.randperm(count, generator=generator(seed, purpose))

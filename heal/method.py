@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from heal.errors import ArchitectureError, MethodError
+from heal.families.discovery import batch_norms
 from heal.families.family import Family
+from heal.families.lookup import describe
 from heal.images import Images
 from heal.progress import Report, quiet
 from heal.values import Allocation, Budget, ChannelCut, LayerStats, Mask
@@ -27,7 +29,7 @@ class Allocator(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...
 
-    def allocate(self, model: nn.Module, budget: Budget, statistics: Statistics) -> Allocation: ...
+    def allocate(self, model: nn.Module, budget: Budget, context: AllocationContext) -> Allocation: ...
 
 
 class Pruner(Protocol):
@@ -52,25 +54,36 @@ class Healer(Protocol):
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport: ...
 
 
-@dataclass(frozen=True)
-class HealContext:
-    """What a healer is given besides the two networks and the images.
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a method is given beside the networks.
 
-    statistics: the dense model's moments. pruned: what was cut or masked. seed: the order of
-    images. checkpoints: a folder to save to and resume from, or None;
-    checkpoint_saved: called after each. cache_bytes: memory for cached teacher states; spill_bytes:
-    disk for them.
+    statistics: the dense model's moments. seed: of every random draw. checkpoints: a folder to save to
+    and resume from, or None; checkpoint_saved: called after each.
     """
 
-    statistics: Statistics
-    pruned: Mask | ChannelCut
+    statistics: Statistics = field(default_factory=dict)
     seed: int = 0
     checkpoints: Path | None = None
     checkpoint_saved: Callable[[], None] = lambda: None
-    cache_bytes: int = 2 * 2**30
-    spill_bytes: int = 32 * 2**30
     report: Report = quiet
     log: Callable[[str], None] = lambda message: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationContext(Context):
+    """images: the calibration images, for the allocators that run the model."""
+
+    images: Images | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealContext(Context):
+    """pruned: what was cut or masked. cache_bytes: memory for cached teacher states; spill_bytes: disk for them."""
+
+    pruned: Mask | ChannelCut
+    cache_bytes: int = 2 * 2**30
+    spill_bytes: int = 32 * 2**30
 
 
 @dataclass(frozen=True)
@@ -86,13 +99,13 @@ class HealingReport:
     notes: tuple[str, ...] = ()
 
 
-def check(family: Family, budget: Budget, allocator: Allocator, pruner: Pruner, healers: Iterable[Healer]) -> None:
+def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner, healers: Iterable[Healer]) -> None:
     """Refuse a combination that makes no sense, with the reason. Raises MethodError, ArchitectureError."""
-    healers = list(healers)
+    family, healers = describe(model), list(healers)
     methods: list[tuple[str, Allocator | Pruner | Healer]] = [("allocator", allocator), ("pruner", pruner)]
     methods += [("healer", healer) for healer in healers]
     for kind, method in methods:
-        if method.unit not in ("any", budget.unit):
+        if method.unit not in ("any", budget.removes):
             raise MethodError(
                 f"{kind} {name_of(method)} works on {method.unit}, but the budget is in {budget.unit}; "
                 f"give a budget in {method.unit} or choose another {kind}"
@@ -102,8 +115,22 @@ def check(family: Family, budget: Budget, allocator: Allocator, pruner: Pruner, 
                 f"{kind} {name_of(method)} aligns block outputs, but family {family.name} names no blocks; "
                 "choose another, or bring a family table"
             )
-    refuse_unit(family, budget)
+        _refuse_norms(model, family, f"{kind} {name_of(method)}", method.needs)
+    refuse_unit(model, budget)
     _refuse_order([name_of(healer) for healer in healers], name_of(pruner))
+
+
+def _refuse_norms(model: nn.Module, family: Family, who: str, needs: frozenset[str]) -> None:
+    kind, normalised = type(model).__name__, bool(batch_norms(model))
+    if "batch_norms" in needs and not normalised:
+        raise ArchitectureError(f"{who} works on BatchNorms, but {kind} has none; choose another")
+    if "no_batch_norms" in needs and normalised:
+        raise ArchitectureError(
+            f"{who} is for networks without BatchNorm, and {kind} has it; choose batchnorm_recalibration or "
+            "variance_matching"
+        )
+    if "norms" in needs and not family.norms:
+        raise ArchitectureError(f"{who} rewrites the weights of norms, but family {family.name} names none")
 
 
 def _refuse_order(healers: list[str], pruner: str) -> None:
@@ -116,9 +143,10 @@ def _refuse_order(healers: list[str], pruner: str) -> None:
         )
 
 
-def refuse_unit(family: Family, budget: Budget) -> None:
+def refuse_unit(model: nn.Module, budget: Budget) -> None:
     """Raise ArchitectureError when the family's table cannot serve the budget's unit."""
-    if budget.unit == "neurons" and not family.pairs:
+    family = describe(model)
+    if budget.removes == "neurons" and not family.pairs:
         raise ArchitectureError(
             f"family {family.name} has no table of MLP pairs, so no neurons can be cut; "
             "give a budget in weights, or bring a family table"

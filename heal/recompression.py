@@ -15,7 +15,7 @@ from heal.errors import BudgetError, ImagesError, MethodError
 from heal.families.lookup import describe
 from heal.healers import HEALERS
 from heal.images import Images, Replay
-from heal.method import Allocator, HealContext, Healer, HealingReport, Pruner, check, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, HealingReport, Pruner, check, taps
 from heal.naming import nearest
 from heal.progress import Report, quiet
 from heal.pruned import apply, describe_cuts, refuse_broken
@@ -66,19 +66,20 @@ def recompress(
     allocate, prune = method(ALLOCATORS, allocator, "allocator"), method(PRUNERS, pruner, "pruner")
     heal = [method(HEALERS, healer, "healer") for healer in healers]
     family = describe(model)
-    check(family, budget, allocate, prune, heal)
+    check(model, budget, allocate, prune, heal)
     refuse_broken(model)
     teacher = copy.deepcopy(model).eval()
     wanted = taps(family, [allocate, prune, *heal])
     if wanted or heal:
         _refuse_images(teacher, images)
     statistics = capture(teacher, images, wanted, report=report) if wanted else {}
-    allocation = allocate.allocate(teacher, budget, statistics)
+    surroundings = AllocationContext(statistics=statistics, images=images, seed=seed, report=report, log=log)
+    allocation = allocate.allocate(teacher, budget, surroundings)
     pruned = prune.prune(teacher, allocation, statistics)
     student = copy.deepcopy(teacher)
     cuts = describe_cuts(teacher, pruned)
     apply(student, pruned)
-    context = HealContext(statistics, pruned, seed, report=report, log=log)
+    context = HealContext(statistics=statistics, pruned=pruned, seed=seed, report=report, log=log)
     healing = tuple(healer.heal(student, teacher, images, context) for healer in heal)
     return Result(student.eval(), pruned, RecompressionReport(budget, allocation, cuts, healing))
 

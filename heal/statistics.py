@@ -8,13 +8,15 @@ does not depend on how images were batched (to about 1e-7), and memory not on ho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from heal.errors import NumericalError
+from heal.families.discovery import channel_axis
 from heal.images import Images, Replay
-from heal.modes import evaluating, listening
+from heal.modes import Listener, evaluating, listening
 from heal.progress import Report, quiet
 from heal.values import LayerStats
 
@@ -34,22 +36,47 @@ def capture(
     taps: Mapping[str, bool],
     batch_size: int = 64,
     report: Report = quiet,
+    stop_early: bool = False,
 ) -> dict[str, LayerStats]:
     """Moments at every tap ("<module>.input" or ".output"; True asks for the second moment as well).
 
     Rows are pooled over images and positions; channels are the last axis of what a Linear sees and
     axis 1 of what a convolution sees. The model is run once, in eval mode, without gradients, and
-    keeps its mode and hooks. Raises NumericalError on NaN or infinity.
+    keeps its mode and hooks. stop_early: leave each pass as soon as every tap was seen once, which saves
+    what lies behind them. Raises NumericalError on NaN or infinity.
     """
-    streams = {tap: _Stream(_channel_axis(model, tap), comoment) for tap, comoment in taps.items()}
+    streams = {
+        tap: _Stream(channel_axis(model.get_submodule(tap.rpartition(".")[0])), comoment)
+        for tap, comoment in taps.items()
+    }
     replay = Replay(images, batch_size)
     total = len(replay)
     device = next(model.parameters()).device
-    with evaluating(model), torch.inference_mode(), listening(model, {t: s.add for t, s in streams.items()}):
+    waiting: set[str] = set()
+    with evaluating(model), torch.inference_mode(), listening(model, _listeners(streams, waiting, stop_early)):
         for done, batch in enumerate(replay, start=1):
-            model(batch.to(device))
+            waiting.update(streams)
+            with suppress(_AllSeen):
+                model(batch.to(device))
             report("activations", done, total)
     return {tap: stream.result(tap) for tap, stream in streams.items()}
+
+
+class _AllSeen(Exception):
+    """Nothing that follows in this forward pass is listened to."""
+
+
+def _listeners(streams: Mapping[str, _Stream], waiting: set[str], stop_early: bool) -> dict[str, Listener]:
+    def listener(tap: str, stream: _Stream) -> Listener:
+        def listen(x: Tensor) -> None:
+            stream.add(x)
+            waiting.discard(tap)
+            if stop_early and not waiting:
+                raise _AllSeen
+
+        return listen
+
+    return {tap: listener(tap, stream) for tap, stream in streams.items()}
 
 
 def merge(a: LayerStats, b: LayerStats) -> LayerStats:
@@ -113,8 +140,3 @@ class _Stream:
         on_cpu = {"mean": self.total.mean.cpu(), "m2": self.total.m2.cpu()}
         comoment = None if self.total.comoment is None else self.total.comoment.cpu()
         return LayerStats(count=self.total.count, comoment=comoment, **on_cpu)
-
-
-def _channel_axis(model: nn.Module, tap: str) -> int:
-    module = model.get_submodule(tap.rpartition(".")[0])
-    return 1 if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) else -1

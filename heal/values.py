@@ -5,28 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heal.errors import BudgetError, NumericalError
 
+UNITS = ("weights", "neurons", "macs")
+
 
 @dataclass(frozen=True)
 class Budget:
     """How much to remove: one fraction in [0, 1), named by its unit.
 
-    `weights` counts the weights of the prunable layers (masks), `neurons` the hidden
-    channels that can be cut (cuts). Raises BudgetError unless exactly one is given.
+    `weights` counts the weights of the pool (masks), `macs` counts each of them as often as it is
+    used for one image, `neurons` counts the hidden channels that can be cut (cuts). Raises
+    BudgetError unless exactly one is given.
     """
 
     weights: float | None = None
     neurons: float | None = None
+    macs: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("weights", "neurons") if getattr(self, name) is not None]
+        given = [name for name in UNITS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise BudgetError(f"a budget names exactly one unit, weights or neurons; got {given or 'none'}")
+            raise BudgetError(f"a budget names exactly one unit, weights, neurons or macs; got {given or 'none'}")
         if not 0 <= self.fraction < 1:
             hint = f"; did you mean {self.fraction / 100:g}?" if 1 <= self.fraction < 100 else ""
             raise BudgetError(
@@ -35,15 +40,18 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """`weights` or `neurons`."""
-        return "weights" if self.weights is not None else "neurons"
+        """`weights`, `neurons` or `macs`."""
+        return next(name for name in UNITS if getattr(self, name) is not None)
+
+    @property
+    def removes(self) -> str:
+        """What goes, `weights` or `neurons`: the unit of the methods that serve it."""
+        return "neurons" if self.unit == "neurons" else "weights"
 
     @property
     def fraction(self) -> float:
         """The removed share, in [0, 1)."""
-        value = self.weights if self.weights is not None else self.neurons
-        assert value is not None
-        return float(value)
+        return float(getattr(self, self.unit))
 
     def kept(self, total: int) -> int:
         """How many of `total` stay: (1 - fraction) * total, rounded half up."""
@@ -67,12 +75,16 @@ class Allocation:
     """How many of each layer stay: weights of a prunable layer, or channels of a group.
 
     `kept` and `total` map a dotted name to a count; `asked` is the number the budget asked for.
+    `cost`: what one of a layer's weights costs of the budget, if not 1 (MACs). `evidence`: what the
+    decision rests on, as plain JSON values.
     """
 
     unit: str
     kept: Mapping[str, int]
     total: Mapping[str, int]
     asked: int
+    cost: Mapping[str, int] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.unit not in ("weights", "neurons"):
@@ -85,8 +97,13 @@ class Allocation:
 
     @property
     def got(self) -> int:
-        """How many stay in all."""
-        return sum(self.kept.values())
+        """How much of the budget is spent: how many stay, each at its cost."""
+        return sum(kept * self.cost.get(layer, 1) for layer, kept in self.kept.items())
+
+    @property
+    def whole(self) -> int:
+        """What keeping everything would cost, in the unit of `asked`."""
+        return sum(total * self.cost.get(layer, 1) for layer, total in self.total.items())
 
     def sparsity(self, layer: str) -> float:
         """The removed share of one layer, in [0, 1]."""

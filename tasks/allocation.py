@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heal.families.lookup import describe
-from heal.method import refuse_unit
+from heal.method import AllocationContext, refuse_unit
 from tasks import artifacts, models
+from tasks.image_array import ImageArray, load_calibration
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -19,10 +19,22 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     section = params.allocation
     allocator = params.allocator()
     budget = section.budget.build()
-    dense = models.load(inputs["dense"], params.dense.adapter_allow)
-    refuse_unit(describe(dense), budget)
-    allocation = allocator.allocate(dense, budget, artifacts.load_statistics(inputs["activations"], comoments=False))
+    dense = models.load(inputs["dense"], params.dense.adapter_allow, section.device)
+    refuse_unit(dense, budget)
+    context = AllocationContext(
+        statistics=artifacts.load_statistics(inputs["activations"], comoments="patches" in allocator.needs),
+        images=_images(inputs, progress) if "images" in allocator.needs or budget.unit == "macs" else None,
+        seed=section.seed,
+        checkpoints=progress.checkpoints,
+        checkpoint_saved=progress.checkpoint_saved,
+        report=progress.report,
+        log=progress.log,
+    )
+    allocation = allocator.allocate(dense, budget, context)
     artifacts.save_allocation(allocation, section.method, section.options(section.method), output)
-    progress.log(f"keeps {allocation.got} of {sum(allocation.total.values())} {allocation.unit}")
-    total = float(sum(allocation.total.values()))
-    return {"asked": float(allocation.asked), "got": float(allocation.got), "total": total}
+    progress.log(f"keeps {sum(allocation.kept.values())} of {sum(allocation.total.values())} {allocation.unit}")
+    return {"asked": float(allocation.asked), "got": float(allocation.got), "total": float(allocation.whole)}
+
+
+def _images(inputs: dict[str, Path], progress: Progress) -> ImageArray:
+    return load_calibration(inputs["calibration"], progress.checkpoints.with_name("decoded"))

@@ -60,6 +60,8 @@ def save_allocation(allocation: Allocation, method: str, params: Mapping[str, An
         "kept": dict(allocation.kept),
         "total": dict(allocation.total),
         "layers": list(allocation.kept),
+        "cost": dict(allocation.cost),
+        "evidence": dict(allocation.evidence),
     }
     write_json(folder / "allocation.json", content)
 
@@ -68,7 +70,8 @@ def load_allocation(folder: Path) -> Allocation:
     """What `save_allocation` wrote; layers in forward order."""
     content = read_json(folder / "allocation.json")
     kept = {layer: content["kept"][layer] for layer in content["layers"]}
-    return Allocation(content["unit"], kept, {layer: content["total"][layer] for layer in kept}, content["asked"])
+    total = {layer: content["total"][layer] for layer in kept}
+    return Allocation(content["unit"], kept, total, content["asked"], content["cost"], content["evidence"])
 
 
 def save_pruned(pruned: Mask | ChannelCut, lines: tuple[str, ...], folder: Path) -> None:

@@ -114,8 +114,7 @@ def _by_subset(logits: Mapping[str, Tensor], images: EvaluationImages) -> dict[s
 
 def _budget(folder: Path) -> dict[str, Any]:
     allocation = artifacts.load_allocation(folder)
-    total = sum(allocation.total.values())
-    return {"unit": allocation.unit, "asked": allocation.asked, "got": allocation.got, "total": total}
+    return {"unit": allocation.unit, "asked": allocation.asked, "got": allocation.got, "total": allocation.whole}
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Facts:
     @property
     def got(self) -> int:
         """How many of them stay."""
-        return int(self.allocation["got"]) if self.pruned["lines"] else self.total
+        return sum(self.allocation["kept"].values()) if self.pruned["lines"] else self.total
 
     @property
     def healers(self) -> tuple[str, ...]:

@@ -30,9 +30,9 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     reports = []
     for number, (name, healer) in enumerate(zip(section.methods, params.healers(), strict=True)):
         context = HealContext(
-            statistics,
-            pruned,
-            section.seed,
+            statistics=statistics,
+            pruned=pruned,
+            seed=section.seed,
             checkpoints=progress.checkpoints / f"{number}-{name}",
             checkpoint_saved=progress.checkpoint_saved,
             report=progress.report,

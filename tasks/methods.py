@@ -81,7 +81,8 @@ def keys(section: str, method: str) -> list[str]:
 
 def contradictions(sections: Sections, place: Callable[[str], str]) -> Iterator[str]:
     """Why the named methods cannot work on this budget, if they cannot; one line each."""
-    unit = sections.allocation.budget.build().unit
+    budget = sections.allocation.budget.build()
+    unit = budget.removes
     for section, method in named(sections):
         works_on = _unit(section, method)
         if works_on in ("any", unit):
@@ -89,7 +90,7 @@ def contradictions(sections: Sections, place: Callable[[str], str]) -> Iterator[
         key = f"{section}.{METHOD_KEYS[section]}"
         others = [name for name in known(section) if _unit(section, name) in ("any", unit)]
         yield (
-            f"{place(key)}: {key} = {method} works on {works_on}, but allocation.budget is in {unit} "
+            f"{place(key)}: {key} = {method} works on {works_on}, but allocation.budget is in {budget.unit} "
             f"({place('allocation.budget')}); give a budget in {works_on}, or choose one of: {', '.join(others)}"
         )
 

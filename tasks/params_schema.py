@@ -118,21 +118,24 @@ class Activations(Section):
 
 
 class AskedBudget(Section):
-    """The budget as written; exactly one of the two."""
+    """The budget as written; exactly one of the three."""
 
     weights: float | None = None
     neurons: float | None = None
+    macs: float | None = None
 
     def build(self) -> Budget:
         """The library's budget. Raises BudgetError."""
         from heal.values import Budget
 
-        return Budget(weights=self.weights, neurons=self.neurons)
+        return Budget(weights=self.weights, neurons=self.neurons, macs=self.macs)
 
 
 class Allocation(MethodSection):
     method: str = "global_variance"
     budget: AskedBudget = AskedBudget(neurons=0.5)
+    seed: Seed = 0
+    device: Device = "auto"
 
 
 class Pruning(MethodSection):

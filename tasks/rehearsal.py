@@ -3,7 +3,7 @@
 `glance` comes before a missing dense model is trained, `rehearse` before anything else. There the model
 is opened and the images are drawn for this alone, because only that can find weights that do not fit or
 a corrupt image; the budget is divided on statistics that are all zero, because whether it can be met
-depends on shapes alone.
+depends on shapes alone (not by the allocators that search: they meet any).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import nn
 from heal import bundle
 from heal.errors import InputError
 from heal.families.lookup import describe
-from heal.method import Statistics, check, taps
+from heal.method import AllocationContext, Statistics, check, taps
 from heal.naming import nearest
 from heal.values import LayerStats
 from tasks import calibration, data, dense, models, resolve
 from tasks.classes import Classes
 from tasks.images import read_labels
+from tasks.preprocessing import parse
 from tasks.progress import Progress
 from tasks.store import Store
 from tasks.table import STAGES
@@ -46,7 +47,8 @@ def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) 
     """Raise the InputError that a run with these params would end in, without writing anything."""
     with tempfile.TemporaryDirectory(prefix="regrow-rehearsal-") as scratch:
         dense = _dense(params, planned["dense"], store, Path(scratch))
-        _refuse_methods(params, models.load(dense, params.dense.adapter_allow))
+        size = parse(bundle.read(dense / "bundle")["preprocessing"]).size
+        _refuse_methods(params, models.load(dense, params.dense.adapter_allow), size)
         _refuse_labels(params, dense)
         if not planned["calibration"].cached:
             calibration.rehearse(params.restrict(STAGES["calibration"].params))
@@ -62,10 +64,12 @@ def _dense(params: Params, planned: PlannedStage, store: Store, scratch: Path) -
     return output
 
 
-def _refuse_methods(params: Params, model: nn.Module) -> None:
+def _refuse_methods(params: Params, model: nn.Module, size: tuple[int, int]) -> None:
     allocator, budget = params.allocator(), params.allocation.budget.build()
-    check(describe(model), budget, allocator, params.pruner(), params.healers())
-    allocator.allocate(model, budget, _zeros(model, taps(describe(model), [allocator])))
+    check(model, budget, allocator, params.pruner(), params.healers())
+    if not allocator.needs & {"images", "patches"}:
+        zeros = _zeros(model, taps(describe(model), [allocator]))
+        allocator.allocate(model, budget, AllocationContext(statistics=zeros, images=torch.zeros(1, 3, *size)))
 
 
 def _refuse_names(params: Params) -> None:

@@ -62,7 +62,7 @@ STAGES: dict[str, Stage] = {
             ("activations", "allocation.method", "pruning.method", "healing.methods"),
             "gpu",
         ),
-        Stage("allocation", "tasks.allocation", ("dense", "activations"), ("allocation",)),
+        Stage("allocation", "tasks.allocation", ("dense", "calibration", "activations"), ("allocation",), "gpu"),
         Stage("pruning", "tasks.pruning", ("dense", "activations", "allocation"), ("pruning",)),
         Stage("healing", "tasks.healing", ("dense", "calibration", "activations", "pruning"), ("healing",), "gpu"),
         Stage(

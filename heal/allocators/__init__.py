@@ -1,10 +1,22 @@
 """Where to prune: the name in params.yaml to its class."""
 
+from heal.allocators.erk import Erk
+from heal.allocators.erk_capped import ErkCapped
+from heal.allocators.global_magnitude import GlobalMagnitude
 from heal.allocators.global_variance import GlobalVariance
+from heal.allocators.l2_normalised import L2Normalised
+from heal.allocators.lamp import Lamp
 from heal.allocators.uniform import Uniform
+from heal.allocators.uniform_plus import UniformPlus
 from heal.method import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
+    "erk": Erk,
+    "erk_capped": ErkCapped,
+    "global_magnitude": GlobalMagnitude,
     "global_variance": GlobalVariance,
+    "l2_normalised": L2Normalised,
+    "lamp": Lamp,
     "uniform": Uniform,
+    "uniform_plus": UniformPlus,
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from heal.allocators.widths import ranked_globally, refuse_if_too_small, rounded, shared_evenly
 from heal.errors import MethodError
 from heal.families.lookup import cuttable_or_raise
-from heal.method import Statistics
+from heal.method import AllocationContext, Statistics
 from heal.naming import refuse_unknown
 from heal.values import Allocation, Budget
 
@@ -46,9 +46,9 @@ class GlobalVariance:
         """Which statistics it reads."""
         return frozenset({"moments" if self.statistic == "post" else "preactivation_moments"})
 
-    def allocate(self, model: nn.Module, budget: Budget, statistics: Statistics) -> Allocation:
+    def allocate(self, model: nn.Module, budget: Budget, context: AllocationContext) -> Allocation:
         """Width of every MLP's hidden layer; meets the budget to one neuron. Raises BudgetError."""
-        scores = variances(model, statistics, self.statistic)
+        scores = variances(model, context.statistics, self.statistic)
         totals = {layer: len(score) for layer, score in scores.items()}
         asked = budget.kept(sum(totals.values()))
         refuse_if_too_small(asked, len(totals), self.multiple, f"neurons = {budget.fraction:g}")

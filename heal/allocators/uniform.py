@@ -1,4 +1,4 @@
-"""The plain allocation: the same share of every prunable layer."""
+"""The plain allocation: the same share of every layer."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from typing import ClassVar
 
 from torch import nn
 
-from heal.allocators.widths import shared_evenly
-from heal.families.lookup import describe
-from heal.method import Statistics
+from heal.allocators.pool import Include, Pool, refuse_parts
+from heal.method import AllocationContext
 from heal.values import Allocation, Budget
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """The same sparsity for every prunable layer, the total exact to one weight."""
+    """The same sparsity for every layer, the total exact to one weight.
+
+    include: parts beside the table's layers that are pruned too.
+    """
 
     unit: ClassVar[str] = "weights"
+    include: Include = ()
+
+    def __post_init__(self) -> None:
+        refuse_parts("uniform", self.include)
 
     @property
     def needs(self) -> frozenset[str]:
         """It reads no statistics."""
         return frozenset()
 
-    def allocate(self, model: nn.Module, budget: Budget, statistics: Statistics) -> Allocation:
-        """Weights kept in every layer of the family's table."""
-        weights = {layer: model.get_submodule(layer).get_parameter("weight") for layer in describe(model).layers}
-        totals = {layer: weight.numel() for layer, weight in weights.items()}
-        asked = budget.kept(sum(totals.values()))
-        return Allocation("weights", shared_evenly(totals, asked), totals, asked)
+    def allocate(self, model: nn.Module, budget: Budget, context: AllocationContext) -> Allocation:
+        """Weights kept in every layer."""
+        pool = Pool.of(model, self.include, budget, context)
+        return pool.allocation(dict.fromkeys(pool.weights, pool.share))

@@ -56,6 +56,23 @@ def is_batch_norm(layer: object) -> bool:
     return isinstance(layer, _BatchNorm)
 
 
+def channel_axis(module: nn.Module) -> int:
+    """Where a module's input and output have their channels: 1 in maps [n, c, h, w], else -1."""
+    is_map = isinstance(module, (nn.Conv2d, _BatchNorm, nn.GroupNorm)) or type(module).__name__.endswith("2d")
+    return 1 if is_map else -1
+
+
+def is_layer_scale(layer: object) -> bool:
+    """A learned factor for every channel of a branch."""
+    return type(layer).__name__ in ("LayerScale", "LayerScale2d") and hasattr(layer, "gamma")
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every BatchNorm that keeps running statistics, by name; timm's with an activation inside are among them."""
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+
 def _below(model: nn.Module, roots: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
     for root in roots:
         yield from model.get_submodule(root).named_modules(prefix=root)

@@ -9,6 +9,7 @@ from torch import nn
 
 from heal.families.discovery import norms
 from heal.families.family import Family
+from heal.families.parts import called
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 
@@ -18,9 +19,7 @@ def generic(model: nn.Module) -> Family:
 
     Of layers that share one weight the first stands for all, so that no weight counts twice.
     """
-    layers = [name for name, module in model.named_modules() if _is_layer(model, name, module)]
-    first = {id(model.get_submodule(name).weight): name for name in reversed(layers)}
-    layers = [name for name in layers if name in first.values()]
+    layers = [name for name, _ in called(model)]
     linear = [name for name in layers if isinstance(model.get_submodule(name), nn.Linear)]
     last = tuple(linear[-1:])
     blocks = _repeated(model)
@@ -32,12 +31,6 @@ def generic(model: nn.Module) -> Family:
         classifier=last,
         states=_layout(model, blocks),
     )
-
-
-def _is_layer(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """MultiheadAttention reads its projection's weight without calling the layer."""
-    called = not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
-    return isinstance(module, (nn.Linear, nn.Conv2d)) and called
 
 
 def _repeated(model: nn.Module) -> tuple[str, ...]:

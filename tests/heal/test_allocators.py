@@ -13,6 +13,7 @@ from heal.allocators.uniform import Uniform
 from heal.allocators.widths import ranked_globally, rounded, shared_evenly
 from heal.errors import BudgetError, MethodError
 from heal.families.lookup import describe
+from heal.method import AllocationContext
 from heal.statistics import capture
 from heal.values import Budget
 from tests.heal import nets
@@ -81,7 +82,7 @@ def test_the_neuron_budget_is_exact(name: str, fraction: float, scope: str) -> N
     model = nets.build(name)
     allocator = GlobalVariance(multiple=4, scope=scope)  # type: ignore[arg-type]
     statistics = capture(model, nets.images(4), {f"{p.consumer}.input": False for p in describe(model).pairs})
-    allocation = allocator.allocate(model, Budget(neurons=fraction), statistics)
+    allocation = allocator.allocate(model, Budget(neurons=fraction), AllocationContext(statistics=statistics))
     total = sum(allocation.total.values())
     assert allocation.got == allocation.asked == int((1 - fraction) * total + 0.5)
     assert sum(width % 4 > 0 for width in allocation.kept.values()) <= 1
@@ -91,7 +92,7 @@ def test_the_neuron_budget_is_exact(name: str, fraction: float, scope: str) -> N
 @pytest.mark.parametrize("fraction", [0.5, 0.755])
 def test_the_weight_budget_is_exact_in_every_family(name: str, fraction: float) -> None:
     model = nets.build(name)
-    allocation = Uniform().allocate(model, Budget(weights=fraction), {})
+    allocation = Uniform().allocate(model, Budget(weights=fraction), AllocationContext())
     total = sum(model.get_parameter(f"{layer}.weight").numel() for layer in describe(model).layers)
     assert allocation.got == int((1 - fraction) * total + 0.5)
 
@@ -102,7 +103,7 @@ def test_the_preactivation_ranking_reads_the_producers_output() -> None:
     assert allocator.needs == {"preactivation_moments"}
     pairs = describe(model).pairs
     statistics = capture(model, nets.images(4), {f"{pair.producer}.output": False for pair in pairs})
-    allocation = allocator.allocate(model, Budget(neurons=0.5), statistics)
+    allocation = allocator.allocate(model, Budget(neurons=0.5), AllocationContext(statistics=statistics))
     pooled = sorted(float(v) for pair in pairs for v in statistics[f"{pair.producer}.output"].variance)
     threshold = pooled[len(pooled) // 2]
     for pair in pairs:
@@ -114,7 +115,7 @@ def test_a_budget_that_cannot_be_met_says_what_would() -> None:
     model = nets.build("vit")
     statistics = capture(model, nets.images(2), {f"{p.consumer}.input": False for p in describe(model).pairs})
     with pytest.raises(BudgetError, match=r"neurons = 0\.99 cannot be met.*remove less"):
-        GlobalVariance(multiple=8).allocate(model, Budget(neurons=0.99), statistics)
+        GlobalVariance(multiple=8).allocate(model, Budget(neurons=0.99), AllocationContext(statistics=statistics))
 
 
 @pytest.mark.parametrize("wrong", [50, 1.0, -0.1])

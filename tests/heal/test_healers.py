@@ -19,7 +19,7 @@ from heal.families.family import Family
 from heal.families.lookup import describe
 from heal.healers.closed_form import ClosedForm, solve
 from heal.healers.starfish import Starfish
-from heal.method import HealContext
+from heal.method import AllocationContext, HealContext
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.pruners.variance import Variance
@@ -49,12 +49,12 @@ def _pruned(model: nn.Module, images: Tensor, kind: str) -> tuple[nn.Module, Mas
     statistics = capture(model, images, taps)
     pruned: Mask | ChannelCut
     if kind == "cut":
-        allocation = GlobalVariance().allocate(model, Budget(neurons=0.5), statistics)
+        allocation = GlobalVariance().allocate(model, Budget(neurons=0.5), AllocationContext(statistics=statistics))
         pruned = Variance().prune(model, allocation, statistics)
     else:
-        pruned = Magnitude().prune(model, Uniform().allocate(model, Budget(weights=0.7), {}), {})
+        pruned = Magnitude().prune(model, Uniform().allocate(model, Budget(weights=0.7), AllocationContext()), {})
     apply(student, pruned)
-    return student, pruned, HealContext(statistics, pruned)
+    return student, pruned, HealContext(statistics=statistics, pruned=pruned)
 
 
 def test_closed_form_is_least_squares_when_hardly_damped() -> None:
@@ -169,7 +169,9 @@ def test_the_mask_holds_after_every_step() -> None:
     student, pruned, context = _pruned(model, images, "mask")
     assert isinstance(pruned, Mask)
     held = []
-    context = HealContext(context.statistics, pruned, report=lambda *_: held.append(masking.holds(student, pruned)))
+    context = HealContext(
+        statistics=context.statistics, pruned=pruned, report=lambda *_: held.append(masking.holds(student, pruned))
+    )
     Starfish(epochs=2, batch_size=4).heal(student, model, images, context)
     assert held == [True] * 4
 
@@ -179,7 +181,7 @@ def test_same_seed_same_bits_and_another_seed_another_order() -> None:
 
     def healed(seed: int) -> Tensor:
         student, pruned, context = _pruned(model, images, "mask")
-        context = HealContext(context.statistics, pruned, seed)
+        context = HealContext(statistics=context.statistics, pruned=pruned, seed=seed)
         Starfish(epochs=2, batch_size=4).heal(student, model, images, context)
         return torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
 
@@ -201,10 +203,10 @@ def test_a_resumed_training_ends_in_the_same_bits(
             if stop is not None and done == stop + 1:
                 raise KeyboardInterrupt
 
-        return HealContext({}, pruned, checkpoints=tmp_path, report=report)
+        return HealContext(pruned=pruned, checkpoints=tmp_path, report=report)
 
     undisturbed, pruned, _ = _pruned(model, images, "mask")
-    expected = method.heal(undisturbed, model, images, HealContext({}, pruned))
+    expected = method.heal(undisturbed, model, images, HealContext(pruned=pruned))
     killed, pruned, _ = _pruned(model, images, "mask")
     with pytest.raises(KeyboardInterrupt):
         method.heal(killed, model, images, context_of(pruned, stop_after))
@@ -220,9 +222,9 @@ def test_where_teacher_states_are_kept_does_not_change_a_bit(cache: int, spill: 
     student, pruned, _ = _pruned(model, images, "mask")
     reference, _, _ = _pruned(model, images, "mask")
     said: list[str] = []
-    context = HealContext({}, pruned, cache_bytes=cache, spill_bytes=spill, log=said.append)
+    context = HealContext(pruned=pruned, cache_bytes=cache, spill_bytes=spill, log=said.append)
     Starfish(epochs=2, batch_size=4).heal(student, model, images, context)
-    Starfish(epochs=2, batch_size=4).heal(reference, model, images, HealContext({}, pruned))
+    Starfish(epochs=2, batch_size=4).heal(reference, model, images, HealContext(pruned=pruned))
     assert any(where in line for line in said)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), reference.parameters(), strict=True))
 
@@ -261,7 +263,7 @@ def test_a_loader_that_shuffles_is_refused() -> None:
     loader = torch.utils.data.DataLoader(images, batch_size=4, shuffle=True)  # type: ignore[arg-type]
     torch.manual_seed(0)
     with pytest.raises(ImagesError, match="shuffle=False"):
-        Starfish(epochs=5, batch_size=4).heal(student, model, loader, HealContext({}, pruned))
+        Starfish(epochs=5, batch_size=4).heal(student, model, loader, HealContext(pruned=pruned))
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_message() -> None:
@@ -270,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_message() -> None:
     with torch.no_grad():
         student.get_parameter("blocks.0.norm1.weight").fill_(torch.inf)
     with pytest.raises(NumericalError, match="starfish: the loss is nan at step 0"):
-        Starfish(epochs=1).heal(student, model, images, HealContext({}, pruned))
+        Starfish(epochs=1).heal(student, model, images, HealContext(pruned=pruned))
 
 
 def test_alignment_of_a_network_with_itself_is_one() -> None:

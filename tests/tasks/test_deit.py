@@ -16,7 +16,7 @@ from heal.compat import timm
 from heal.evaluation import predict, top1
 from heal.families.lookup import describe
 from heal.healers.closed_form import ClosedForm
-from heal.method import HealContext, taps
+from heal.method import AllocationContext, HealContext, taps
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.pruners.variance import Variance
@@ -85,14 +85,14 @@ def test_cutting_by_variance_costs_what_it_costs_elsewhere(
     calibration: ImageArray,
     evaluation: tuple[ImageArray, Tensor],
 ) -> None:
-    allocation = GlobalVariance().allocate(dense, Budget(neurons=share), statistics)
+    allocation = GlobalVariance().allocate(dense, Budget(neurons=share), AllocationContext(statistics=statistics))
     found = []
     for pruner in (Variance(fold_mean=False), Variance()):
         student = copy.deepcopy(dense)
         pruned = pruner.prune(dense, allocation, statistics)
         apply(student, pruned)
         found.append(top1(predict(student, evaluation[0]), evaluation[1]))
-    ClosedForm().heal(student, dense, calibration, HealContext(statistics, pruned))
+    ClosedForm().heal(student, dense, calibration, HealContext(statistics=statistics, pruned=pruned))
     found.append(top1(predict(student, evaluation[0]), evaluation[1]))
     assert found == pytest.approx([zeroed, folded, solved], abs=NOISE)
 
@@ -102,5 +102,5 @@ def test_masking_by_magnitude_costs_what_it_costs_elsewhere(
     share: float, expected: float, dense: nn.Module, evaluation: tuple[ImageArray, Tensor]
 ) -> None:
     student = copy.deepcopy(dense)
-    apply(student, Magnitude().prune(dense, Uniform().allocate(dense, Budget(weights=share), {}), {}))
+    apply(student, Magnitude().prune(dense, Uniform().allocate(dense, Budget(weights=share), AllocationContext()), {}))
     assert top1(predict(student, evaluation[0]), evaluation[1]) == pytest.approx(expected, abs=NOISE)

@@ -1,0 +1,42 @@
+"""Which part of a network a layer with weights belongs to: the table's layers, or what stands beside them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from heal.families.discovery import is_depthwise
+from heal.families.family import Family
+
+Part = Literal["layers", "stem", "depthwise", "classifier"]
+
+
+def parts(model: nn.Module, family: Family) -> dict[str, Part]:
+    """Every Linear and Conv2d that is called, by name, in the order of the modules.
+
+    `layers` are the table's, `classifier` is the table's, `depthwise` has one filter a channel, and
+    `stem` is what is left: the first convolution, an embedding, a final projection.
+    """
+    return {name: _part(name, module, family) for name, module in called(model)}
+
+
+def called(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Every Linear and Conv2d that is called as a layer; of those that share one weight the first.
+
+    MultiheadAttention reads its projection's weight without calling the layer, so it is not one.
+    """
+    found: dict[int, tuple[str, nn.Linear | nn.Conv2d]] = {}
+    for name, module in model.named_modules():
+        inside_attention = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not inside_attention:
+            found.setdefault(id(module.weight), (name, module))
+    return list(found.values())
+
+
+def _part(name: str, module: nn.Module, family: Family) -> Part:
+    if name in family.layers:
+        return "layers"
+    if name in family.classifier:
+        return "classifier"
+    return "depthwise" if is_depthwise(module) else "stem"

@@ -1,0 +1,26 @@
+"""The report of a repair that is no training: alignment before and after, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from heal.images import Images
+from heal.method import HealingReport, name_of
+from heal.states import alignment
+
+
+def reported(
+    method: Any, student: nn.Module, teacher: nn.Module, images: Images, repair: Callable[[], str | None]
+) -> HealingReport:
+    """Run `repair`, which may give a note, and report what it did to the student."""
+    began = time.perf_counter()
+    before = alignment(student, teacher, images)
+    note = repair()
+    after = alignment(student, teacher, images)
+    seconds = time.perf_counter() - began
+    return HealingReport(name_of(method), asdict(method), (), before, after, seconds, () if note is None else (note,))

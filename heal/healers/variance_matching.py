@@ -1,0 +1,97 @@
+"""Variance matching: at the output of every norm, mean and variance of each channel become the dense ones.
+
+Source: the statistics correction of OBC (Frantar and Alistarh 2022, github.com/IST-DASLab/OBC), which hooks
+the outputs of BatchNorm and LayerNorm while it measures. Here it is folded into the norm's own weight and
+bias (r the ratio of standard deviations): weight <- r weight, bias <- r (bias - mean_p) + mean_d. Where a
+branch ends in a LayerScale, that is matched too, in variance alone, as it has no bias. No weight matrix
+changes, so masks hold; no hook stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from heal.errors import MethodError
+from heal.families.discovery import is_batch_norm, is_layer_scale
+from heal.families.lookup import describe
+from heal.healers.matching import BATCH, in_order, variance
+from heal.healers.reporting import reported
+from heal.images import Images, first
+from heal.method import HealContext, HealingReport, name_of
+from heal.values import LayerStats
+from heal.wiring import trace
+
+
+@dataclass(frozen=True)
+class VarianceMatching:
+    """images: how many of the calibration images are measured, >= 1; 256. They are walked once a norm."""
+
+    unit: ClassVar[str] = "any"
+    images: int = 256
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise MethodError(f"variance_matching.images = {self.images} must be at least 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """It reads no statistics; it measures both networks itself."""
+        return frozenset({"norms"})
+
+    def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
+        """Rewrite the affine parameters of the student's norms in place."""
+        return reported(self, student, teacher, images, lambda: self._repair(student, teacher, images, context))
+
+    def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> str | None:
+        batches = first(images, self.images, BATCH)
+        scales = [name for name, module in teacher.named_modules() if is_layer_scale(module)]
+        sites = [name for name in describe(teacher).norms if _is_affine(teacher.get_submodule(name))]
+        order = trace(teacher, [*sites, *scales], batches[0][:1]).order
+
+        def correct(tap: str, dense: LayerStats, pruned: LayerStats) -> None:
+            name = tap.rpartition(".")[0]
+            _match(
+                student.get_submodule(name),
+                *_output(teacher.get_submodule(name), dense),
+                *_output(student.get_submodule(name), pruned),
+            )
+
+        in_order(student, teacher, batches, [_tap(teacher, name) for name in order], correct, context, name_of(self))
+        left = len(describe(teacher).norms) - len(sites)
+        return f"{left} norms with an activation inside were left alone" if left else None
+
+
+def _tap(model: nn.Module, name: str) -> str:
+    """BatchNorm is measured before it, because timm's may hold an activation; it treats every channel alone."""
+    return f"{name}.input" if is_batch_norm(model.get_submodule(name)) else f"{name}.output"
+
+
+def _output(module: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [d], float64, of the norm's output before any activation."""
+    mean, deviation = stats.mean, variance(stats).sqrt()
+    if not is_batch_norm(module):
+        return mean, deviation
+    buffers = {name: tensor.detach().double().cpu() for name, tensor in module.state_dict().items()}
+    gain = buffers["weight"] / (buffers["running_var"] + module.eps).sqrt()
+    return gain * (mean - buffers["running_mean"]) + buffers["bias"], gain.abs() * deviation
+
+
+def _match(module: nn.Module, dense_mean: Tensor, dense_std: Tensor, mean: Tensor, std: Tensor) -> None:
+    ratio = torch.where(std > 1e-9 * dense_std, dense_std / std, 1.0)
+    gain = module.gamma if is_layer_scale(module) else module.weight
+    assert isinstance(gain, Tensor)
+    with torch.no_grad():
+        gain.mul_(ratio.to(gain))
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            bias.copy_((ratio * (bias.double().cpu() - mean) + dense_mean).to(bias))
+
+
+def _is_affine(norm: nn.Module) -> bool:
+    """Nothing after its weight and bias, or a BatchNorm."""
+    bent = any(not isinstance(part, nn.Identity) for part in norm.children())
+    return is_batch_norm(norm) or not bent
