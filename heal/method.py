@@ -13,6 +13,7 @@ from heal.errors import ArchitectureError, MethodError
 from heal.families.discovery import batch_norms
 from heal.families.family import Family
 from heal.families.lookup import describe
+from heal.families.parts import parts
 from heal.images import Images
 from heal.progress import Report, quiet
 from heal.values import Allocation, Budget, ChannelCut, LayerStats, Mask
@@ -153,8 +154,9 @@ def refuse_unit(model: nn.Module, budget: Budget) -> None:
         )
 
 
-def taps(family: Family, methods: Iterable[Allocator | Pruner | Healer]) -> dict[str, bool]:
+def taps(model: nn.Module, methods: Iterable[Allocator | Pruner | Healer]) -> dict[str, bool]:
     """The taps that the union of the methods' needs asks for; True where the second moment is."""
+    family = describe(model)
     needs = frozenset[str]().union(*(method.needs for method in methods))
     wanted: dict[str, bool] = {}
     for pair in family.pairs:
@@ -162,6 +164,10 @@ def taps(family: Family, methods: Iterable[Allocator | Pruner | Healer]) -> dict
             wanted[f"{pair.consumer}.input"] = "second_moment" in needs
         if "preactivation_moments" in needs:
             wanted[f"{pair.producer}.output"] = False
+    if any("patches" in need for need in needs):
+        for layer, part in parts(model, family).items():
+            if f"{part} patches" in needs:
+                wanted[f"{layer}.patches"] = True
     return wanted
 
 

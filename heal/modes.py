@@ -39,16 +39,16 @@ def training_only(model: nn.Module, names: frozenset[str]) -> Iterator[nn.Module
 
 @contextmanager
 def listening(model: nn.Module, taps: Mapping[str, Listener]) -> Iterator[None]:
-    """Call a listener with what passes a tap: "<module>.input" or "<module>.output"."""
+    """Call a listener with what passes a tap: "<module>.output", or the input for any other last word."""
     handles = []
     try:
         for tap, listener in taps.items():
             name, _, side = tap.rpartition(".")
             module = model.get_submodule(name)
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(_on_input(listener)))
-            else:
+            if side == "output":
                 handles.append(module.register_forward_hook(_on_output(listener)))
+            else:
+                handles.append(module.register_forward_pre_hook(_on_input(listener)))
         yield
     finally:
         for handle in handles:

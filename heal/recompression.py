@@ -12,7 +12,6 @@ from torch import nn
 
 from heal.allocators import ALLOCATORS
 from heal.errors import BudgetError, ImagesError, MethodError
-from heal.families.lookup import describe
 from heal.healers import HEALERS
 from heal.images import Images, Replay
 from heal.method import AllocationContext, Allocator, HealContext, Healer, HealingReport, Pruner, check, taps
@@ -65,11 +64,10 @@ def recompress(
     _refuse_types(budget, healers)
     allocate, prune = method(ALLOCATORS, allocator, "allocator"), method(PRUNERS, pruner, "pruner")
     heal = [method(HEALERS, healer, "healer") for healer in healers]
-    family = describe(model)
     check(model, budget, allocate, prune, heal)
     refuse_broken(model)
     teacher = copy.deepcopy(model).eval()
-    wanted = taps(family, [allocate, prune, *heal])
+    wanted = taps(model, [allocate, prune, *heal])
     if wanted or heal:
         _refuse_images(teacher, images)
     statistics = capture(teacher, images, wanted, report=report) if wanted else {}

@@ -17,6 +17,7 @@ from heal.errors import NumericalError
 from heal.families.discovery import channel_axis
 from heal.images import Images, Replay
 from heal.modes import Listener, evaluating, listening
+from heal.patch_moments import PatchStream
 from heal.progress import Report, quiet
 from heal.values import LayerStats
 
@@ -40,15 +41,15 @@ def capture(
 ) -> dict[str, LayerStats]:
     """Moments at every tap ("<module>.input" or ".output"; True asks for the second moment as well).
 
+    A tap "<layer>.patches" gives two, ".patches/0" and ".patches/1": the second moments of what its weight
+    multiplies, over the images with even and with odd number.
+
     Rows are pooled over images and positions; channels are the last axis of what a Linear sees and
     axis 1 of what a convolution sees. The model is run once, in eval mode, without gradients, and
     keeps its mode and hooks. stop_early: leave each pass as soon as every tap was seen once, which saves
     what lies behind them. Raises NumericalError on NaN or infinity.
     """
-    streams = {
-        tap: _Stream(channel_axis(model.get_submodule(tap.rpartition(".")[0])), comoment)
-        for tap, comoment in taps.items()
-    }
+    streams = {tap: _stream(model, tap, comoment) for tap, comoment in taps.items()}
     replay = Replay(images, batch_size)
     total = len(replay)
     device = next(model.parameters()).device
@@ -59,15 +60,26 @@ def capture(
             with suppress(_AllSeen):
                 model(batch.to(device))
             report("activations", done, total)
-    return {tap: stream.result(tap) for tap, stream in streams.items()}
+    return {name: stats for tap, stream in streams.items() for name, stats in stream.results(tap).items()}
 
 
 class _AllSeen(Exception):
     """Nothing that follows in this forward pass is listened to."""
 
 
-def _listeners(streams: Mapping[str, _Stream], waiting: set[str], stop_early: bool) -> dict[str, Listener]:
-    def listener(tap: str, stream: _Stream) -> Listener:
+def _stream(model: nn.Module, tap: str, comoment: bool) -> _Stream | PatchStream:
+    name, _, side = tap.rpartition(".")
+    module = model.get_submodule(name)
+    if side != "patches":
+        return _Stream(channel_axis(module), comoment)
+    assert isinstance(module, (nn.Linear, nn.Conv2d))
+    return PatchStream(module)
+
+
+def _listeners(
+    streams: Mapping[str, _Stream | PatchStream], waiting: set[str], stop_early: bool
+) -> dict[str, Listener]:
+    def listener(tap: str, stream: _Stream | PatchStream) -> Listener:
         def listen(x: Tensor) -> None:
             stream.add(x)
             waiting.discard(tap)
@@ -134,9 +146,9 @@ class _Stream:
         batch = moments(x.reshape(x.shape[0], -1, x.shape[-1]), self.comoment)
         self.total = batch if self.total is None else merge(self.total, batch)
 
-    def result(self, tap: str) -> LayerStats:
+    def results(self, tap: str) -> dict[str, LayerStats]:
         if self.total is None:
             raise NumericalError(f"statistics: nothing passed {tap}; the module is not used in the forward pass")
         on_cpu = {"mean": self.total.mean.cpu(), "m2": self.total.m2.cpu()}
         comoment = None if self.total.comoment is None else self.total.comoment.cpu()
-        return LayerStats(count=self.total.count, comoment=comoment, **on_cpu)
+        return {tap: LayerStats(count=self.total.count, comoment=comoment, **on_cpu)}

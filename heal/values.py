@@ -172,7 +172,8 @@ class LayerStats:
     """Moments of one tap over all rows (image x position): float64, mergeable.
 
     `mean` [d], `m2` [d] the sum of squared deviations, `comoment` [d, d] the sum of products of
-    deviations (or None when it was not asked for). Raises NumericalError when not finite.
+    deviations (None when it was not asked for; of patches [groups, d / groups, d / groups]). Raises
+    NumericalError when not finite.
     """
 
     count: int

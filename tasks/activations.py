@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heal.families.lookup import describe
 from heal.method import taps
 from heal.statistics import capture
 from tasks import artifacts, models
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
     """Capture the union of what the named methods need; an empty artifact when they need nothing."""
     dense = models.load(inputs["dense"], params.dense.adapter_allow, params.activations.device)
-    wanted = taps(describe(dense), params.methods())
+    wanted = taps(dense, params.methods())
     images = load_calibration(inputs["calibration"], progress.checkpoints.with_name("decoded"))
     batch_size = params.activations.batch_size
     statistics = capture(dense, images, wanted, batch_size, progress.report) if wanted else {}

@@ -22,7 +22,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     dense = models.load(inputs["dense"], params.dense.adapter_allow, section.device)
     refuse_unit(dense, budget)
     context = AllocationContext(
-        statistics=artifacts.load_statistics(inputs["activations"], comoments="patches" in allocator.needs),
+        statistics=artifacts.load_statistics(inputs["activations"], comoments="images" in allocator.needs),
         images=_images(inputs, progress) if "images" in allocator.needs or budget.unit == "macs" else None,
         seed=section.seed,
         checkpoints=progress.checkpoints,

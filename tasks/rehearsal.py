@@ -18,7 +18,6 @@ from torch import nn
 
 from heal import bundle
 from heal.errors import InputError
-from heal.families.lookup import describe
 from heal.method import AllocationContext, Statistics, check, taps
 from heal.naming import nearest
 from heal.values import LayerStats
@@ -67,8 +66,8 @@ def _dense(params: Params, planned: PlannedStage, store: Store, scratch: Path) -
 def _refuse_methods(params: Params, model: nn.Module, size: tuple[int, int]) -> None:
     allocator, budget = params.allocator(), params.allocation.budget.build()
     check(model, budget, allocator, params.pruner(), params.healers())
-    if not allocator.needs & {"images", "patches"}:
-        zeros = _zeros(model, taps(describe(model), [allocator]))
+    if "images" not in allocator.needs:
+        zeros = _zeros(model, taps(model, [allocator]))
         allocator.allocate(model, budget, AllocationContext(statistics=zeros, images=torch.zeros(1, 3, *size)))
 
 

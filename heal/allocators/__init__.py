@@ -6,6 +6,8 @@ from heal.allocators.global_magnitude import GlobalMagnitude
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.l2_normalised import L2Normalised
 from heal.allocators.lamp import Lamp
+from heal.allocators.raw_damage import RawDamage
+from heal.allocators.relative_repairability import RelativeRepairability
 from heal.allocators.uniform import Uniform
 from heal.allocators.uniform_plus import UniformPlus
 from heal.method import Allocator
@@ -17,6 +19,8 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "global_variance": GlobalVariance,
     "l2_normalised": L2Normalised,
     "lamp": Lamp,
+    "raw_damage": RawDamage,
+    "relative_repairability": RelativeRepairability,
     "uniform": Uniform,
     "uniform_plus": UniformPlus,
 }

@@ -60,7 +60,7 @@ def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
             check(dense, budget, method, PRUNERS["none"](), [])
         except InputError:
             continue
-        statistics = capture(dense, images, taps(describe(dense), [method]))
+        statistics = capture(dense, images, taps(dense, [method]))
         context = AllocationContext(statistics=statistics, images=images)
         try:
             first, again = (method.allocate(dense, budget, context) for _ in range(2))
