@@ -116,12 +116,12 @@ def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner
                 f"{kind} {name_of(method)} aligns block outputs, but family {family.name} names no blocks; "
                 "choose another, or bring a family table"
             )
-        _refuse_norms(model, family, f"{kind} {name_of(method)}", method.needs)
+        _refuse_missing(model, family, f"{kind} {name_of(method)}", method.needs)
     refuse_unit(model, budget)
     _refuse_order([name_of(healer) for healer in healers], name_of(pruner))
 
 
-def _refuse_norms(model: nn.Module, family: Family, who: str, needs: frozenset[str]) -> None:
+def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset[str]) -> None:
     kind, normalised = type(model).__name__, bool(batch_norms(model))
     if "batch_norms" in needs and not normalised:
         raise ArchitectureError(f"{who} works on BatchNorms, but {kind} has none; choose another")
@@ -130,6 +130,8 @@ def _refuse_norms(model: nn.Module, family: Family, who: str, needs: frozenset[s
             f"{who} is for networks without BatchNorm, and {kind} has it; choose batchnorm_recalibration or "
             "variance_matching"
         )
+    if "projections" in needs and not family.projections:
+        raise ArchitectureError(f"{who} is about projections on skip paths, but family {family.name} names none")
     if "norms" in needs and not family.norms:
         raise ArchitectureError(f"{who} rewrites the weights of norms, but family {family.name} names none")
 

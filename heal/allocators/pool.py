@@ -57,6 +57,16 @@ class Pool:
         """The budget before rounding."""
         return self.share * sum(total * self.cost[layer] for layer, total in self.totals.items())
 
+    def without(self, densities: Mapping[str, float]) -> Pool:
+        """The pool of all other layers, with what these densities leave of the budget. Raises BudgetError."""
+        counts = {layer: round(density * self.totals[layer]) for layer, density in densities.items()}
+        left = self.asked - sum(count * self.cost[layer] for layer, count in counts.items())
+        rest = {layer: weight for layer, weight in self.weights.items() if layer not in densities}
+        whole = sum(self.totals[layer] * self.cost[layer] for layer in rest)
+        if left < 0 or not rest:
+            raise BudgetError(f"budget: {', '.join(densities)} alone exceed what may stay; remove less")
+        return Pool(rest, {layer: self.cost[layer] for layer in rest}, left, left / whole)
+
     def filled(
         self, shares: Mapping[str, float], least: Mapping[str, float] | None = None, most: float = 1.0
     ) -> dict[str, float]:

@@ -55,7 +55,10 @@ class RelativeRepairability:
 
     def allocate(self, model: nn.Module, budget: Budget, context: AllocationContext) -> Allocation:
         """Weights kept in every layer; the evidence holds the curves over layers and densities."""
-        pool = Pool.of(model, self.include, budget, context)
+        return self.shared(Pool.of(model, self.include, budget, context), model, context)
+
+    def shared(self, pool: Pool, model: nn.Module, context: AllocationContext) -> Allocation:
+        """The same for a pool that is made already."""
         measure = measured(model, pool, context)
         return allocated(
             pool,

@@ -7,7 +7,7 @@ a VGG the last convolution before every pooling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -51,7 +51,9 @@ def resnet(model: nn.Module) -> Family:
     """Layers: every convolution of the residual blocks. Groups: the blocks' inner channels."""
     stages = tuple(name for name, _ in model.named_children() if name.startswith("layer"))
     blocks = tuple(block for stage in stages for block in children(model, stage))
-    return _family("resnet", model, roots=blocks, blocks=blocks, groups=_inner_groups(model, blocks))
+    table = _family("resnet", model, roots=blocks, blocks=blocks, groups=_inner_groups(model, blocks))
+    skips = tuple(layer for layer in table.layers if ".downsample." in layer)
+    return replace(table, projections=skips)
 
 
 def efficientnet(model: nn.Module) -> Family:

@@ -40,7 +40,8 @@ class Family:
     """The table of one network. All names are dotted module names, in forward order.
 
     `states` says how a block's output is laid out: "tokens" puts channels last (one vector a
-    token), "maps" is [n, c, h, w] (one vector an image, as STARFISH flattens them).
+    token), "maps" is [n, c, h, w] (one vector an image, as STARFISH flattens them). `projections` are the
+    1x1 convolutions on skip paths.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     groups: tuple[ChannelGroup, ...] = ()
     norms: tuple[str, ...] = ()
     classifier: tuple[str, ...] = ()
+    projections: tuple[str, ...] = ()
     states: Literal["tokens", "maps"] = "maps"
 
     @property

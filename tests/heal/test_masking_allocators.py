@@ -16,9 +16,11 @@ from heal.allocators.global_magnitude import GlobalMagnitude
 from heal.allocators.l2_normalised import L2Normalised
 from heal.allocators.lamp import Lamp, scores
 from heal.allocators.pool import Pool
+from heal.allocators.projection_forced import ProjectionForced
 from heal.allocators.uniform import Uniform
 from heal.allocators.uniform_plus import UniformPlus
 from heal.errors import BudgetError, MethodError
+from heal.families.family import Family
 from heal.families.lookup import describe
 from heal.families.parts import parts
 from heal.method import AllocationContext, Allocator
@@ -150,6 +152,24 @@ def test_capped_erk_gives_back_what_the_cap_takes() -> None:
         assert 1 - found.sparsity(layer) == pytest.approx(density, abs=1e-4)
     with pytest.raises(BudgetError, match="no densities between"):
         _allocate(ErkCapped(include=ALL, cap=0.3), _resnet18(), 0.5)
+
+
+def test_projections_as_sparse_as_the_whole_leave_more_to_erk() -> None:
+    model = _resnet18()
+    names = [name for name, _ in model.named_children()]
+    projections = tuple(name for name in names if "downsample" in name)
+    model.regrow_family = Family(name="cifar", layers=tuple(names), projections=projections)
+    found = _allocate(ProjectionForced(), model, 0.95)
+    expected = {"layer1_0_conv1": 0.251881, "layer4_1_conv2": 0.030252, "fc": 0.828276, "layer2_0_downsample": 0.05}
+    assert found.got == 560_522
+    for layer, density in expected.items():
+        assert 1 - found.sparsity(layer) == pytest.approx(density, abs=1e-4)
+    erk = _allocate(Erk(), model, 0.95)
+    share = sum(erk.kept[name] for name in projections) / erk.got
+    assert share == pytest.approx(0.1395, abs=1e-4), "what the paper complains of"
+    forced = _allocate(ProjectionForced(projections="erk", rest="lamp"), model, 0.95)
+    assert forced.got == 560_522
+    assert all(abs(forced.kept[name] - erk.kept[name]) <= 1 for name in projections)
 
 
 def test_uniform_plus_protects_the_ends() -> None:
