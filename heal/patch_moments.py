@@ -6,60 +6,80 @@ weight: a whole grid of densities costs one pass.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from heal.errors import NumericalError
+from heal.patch_correlation import Correlation, finished, is_correlated
 from heal.patches import patches
 from heal.values import LayerStats
 
 HALVES = (0, 1)
 
 
-class PatchStream:
-    """Moments [groups, d, d] of the patches of images with even (0) and odd (1) number.
+class Sums(Protocol):
+    """Sums over the patches of a layer's input; begun with the first batch."""
 
-    Products are float32 within an image, around a shift near the mean, and float64 beyond.
-    """
+    def add(self, x: Tensor) -> None:
+        """Take in inputs [n, ...]."""
+
+    def moments(self) -> LayerStats:
+        """mean and m2 [groups * d], comoment [groups, d, d], on the CPU."""
+
+
+class PatchStream:
+    """Moments of the patches of images with even (0) and odd (1) number."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self.layer = layer
         self.seen = 0
-        self.shift: Tensor | None = None
-        self.count = [0, 0]
-        self.sums: list[Tensor] = []
-        self.products: list[Tensor] = []
+        self.halves: list[Sums] = []
 
     def add(self, x: Tensor) -> None:
         """Take in a batch of the layer's input."""
-        for image in torch.split(x, 1):
-            columns = patches(self.layer, image)[0].float()
-            if self.shift is None:
-                self._begin(columns)
-            assert self.shift is not None
-            half = self.seen % 2
-            centred = columns - self.shift
-            self.sums[half] += centred.sum(-1).double()
-            self.products[half] += torch.bmm(centred, centred.mT).double()
-            self.count[half] += columns.shape[-1]
-            self.seen += 1
-
-    def _begin(self, columns: Tensor) -> None:
-        groups, width, _ = columns.shape
-        self.shift = columns.mean(-1, keepdim=True)
-        self.sums = [columns.new_zeros(groups, width, dtype=torch.float64) for _ in HALVES]
-        self.products = [columns.new_zeros(groups, width, width, dtype=torch.float64) for _ in HALVES]
+        if not self.halves:
+            kind = Correlation if is_correlated(self.layer) else Columns
+            self.halves = [kind(self.layer, x) for _ in HALVES]
+        for half in HALVES:
+            chosen = x[(half - self.seen) % 2 :: 2]
+            if len(chosen):
+                self.halves[half].add(chosen.float())
+        self.seen += len(x)
 
     def results(self, tap: str) -> dict[str, LayerStats]:
-        """By tap: "<layer>.patches/0" and "/1"; mean and m2 [groups * d], comoment [groups, d, d]."""
-        if min(self.count) == 0 or self.shift is None:
+        """By tap: "<layer>.patches/0" and "/1". Raises NumericalError when a half saw no image."""
+        if self.seen < len(HALVES):
             raise NumericalError(f"statistics: {tap} needs two images at least; {self.seen} passed it")
-        return {f"{tap}/{half}": self._result(half) for half in HALVES}
+        return {f"{tap}/{half}": self.halves[half].moments() for half in HALVES}
 
-    def _result(self, half: int) -> LayerStats:
-        assert self.shift is not None
-        count, sums = self.count[half], self.sums[half]
-        comoment = self.products[half] - torch.einsum("gi,gj->gij", sums, sums) / count
-        mean = self.shift[..., 0].double() + sums / count
-        m2 = comoment.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-        return LayerStats(count, mean.flatten().cpu(), m2.flatten().cpu(), comoment.cpu())
+
+class Columns:
+    """Any layer: its patches are laid out as columns.
+
+    Products are float32 within an image, around a shift near the mean, and float64 beyond.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, x: Tensor) -> None:
+        self.layer = layer
+        first = patches(layer, x[:1])[0].float()
+        groups, width, _ = first.shape
+        self.shift = first.mean(-1, keepdim=True)
+        self.count = 0
+        self.sums = first.new_zeros(groups, width, dtype=torch.float64)
+        self.products = first.new_zeros(groups, width, width, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """One image at a time: columns are as many times larger than the image as the kernel has places."""
+        for image in torch.split(x, 1):
+            centred = patches(self.layer, image)[0] - self.shift
+            self.sums += centred.sum(-1).double()
+            self.products += torch.bmm(centred, centred.mT).double()
+            self.count += centred.shape[-1]
+
+    def moments(self) -> LayerStats:
+        """Of all patches so far."""
+        comoment = self.products - torch.einsum("gi,gj->gij", self.sums, self.sums) / self.count
+        mean = self.shift[..., 0].double() + self.sums / self.count
+        return finished(self.count, mean, comoment)

@@ -29,9 +29,12 @@ Variant = Literal["rr", "rr_asr", "rr_nomean", "rr_ls"]
 VARIANTS: tuple[Variant, ...] = ("rr", "rr_asr", "rr_nomean", "rr_ls")
 
 EPS = 1e-30
-DEAD = 1e-8
-"""A channel whose variance is below this share of the layer's mean says nothing and is left out; one that
-keeps less than this share of its own is dead, and no gain brings it back."""
+SILENT = 1e-8
+"""A channel whose variance is below this share of the layer's mean says nothing and is left out."""
+
+DEAD = 1e-5
+"""A channel that keeps less than this share of its variance is dead: no repair would multiply it by 300, and
+products in float32 do not tell such a share from none."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def channel_weights(norm: nn.Module | None, channels: int) -> Tensor:
 
 def _measured(fit: Outputs, held_out: Outputs, weights: Tensor) -> Damage:
     """The repair fitted on one half, the damage measured on the other."""
-    alive = held_out.variance >= DEAD * held_out.variance.mean()
+    alive = held_out.variance >= SILENT * held_out.variance.mean()
     a = torch.where(alive, weights, 0.0)
 
     def weighted(errors: Tensor) -> float:

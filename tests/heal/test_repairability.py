@@ -22,6 +22,8 @@ from heal.errors import MethodError, NumericalError
 from heal.families.parts import called
 from heal.masking import keep_largest
 from heal.method import AllocationContext, taps
+from heal.patch_correlation import is_correlated
+from heal.patch_moments import PatchStream
 from heal.patches import patches
 from heal.repairability import Damage, Layer, Outputs, _measured, channel_weights, gains
 from heal.statistics import capture
@@ -82,6 +84,27 @@ def test_patch_moments_are_those_of_the_two_halves(name: str) -> None:
             assert np.allclose(stats.mean.reshape(len(rows), -1), rows.mean(-1), atol=1e-5)
             other = again[f"{layer}.patches/{half}"]
             assert torch.allclose(stats.comoment, other.comoment, rtol=1e-4, atol=1e-4 * float(stats.m2.max()) + 1e-6)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("size", [(7, 9), (3, 3), (2, 5), (1, 1)])
+def test_moments_of_every_kind_of_patch(kind: str, size: tuple[int, int]) -> None:
+    """Against the covariance of the patches laid out, on inputs far from zero."""
+    torch.manual_seed(0)
+    layer, x = CONVOLUTIONS[kind](), torch.randn(5, 6, *size) * torch.arange(1, 7).view(1, 6, 1, 1) + 20
+    if kind in ("grouped", "dilated") and min(size) < 3:
+        return
+    stream = PatchStream(layer)
+    assert is_correlated(layer) == (kind in ("plain", "depthwise", "same"))
+    for batch in x.split(3):
+        stream.add(batch)
+    for half, stats in enumerate(stream.results("layer.patches").values()):
+        rows = patches(layer, x[half::2]).double().permute(1, 2, 0, 3).flatten(2).numpy()
+        assert stats.count == rows.shape[-1]
+        assert np.allclose(stats.mean.reshape(len(rows), -1), rows.mean(-1), rtol=1e-6, atol=1e-5)
+        for group, columns in enumerate(rows):
+            expected = np.cov(columns, ddof=0).reshape(len(columns), -1)
+            assert np.allclose(stats.covariance[group], expected, atol=3e-6 * np.abs(expected).max() + 1e-5)
 
 
 def test_one_image_is_not_two_halves() -> None:
@@ -170,7 +193,7 @@ def _by_running(model: nn.Module, images: Tensor, layer: str, density: float, no
     for half in (0, 1):
         fit, fit_masked = run(weight, half), run(masked, half)
         z, pruned = run(weight, 1 - half), run(masked, 1 - half)
-        std, dead = fit_masked.std(0), fit_masked.var(0) <= 1e-8 * fit.var(0)
+        std, dead = fit_masked.std(0), fit_masked.var(0) <= 1e-5 * fit.var(0)
         gamma = np.where(dead, 1, fit.std(0) / np.where(dead, 1, std))
         repaired = gamma * pruned + fit.mean(0) - gamma * fit_masked.mean(0)
         alive = z.var(0) >= 1e-8 * z.var(0).mean()
@@ -189,6 +212,8 @@ def test_closed_expressions_are_what_running_the_layer_gives(name: str, density:
     statistics = capture(model, images, {f"{layer}.patches": True for layer in layers})
     wiring = trace(model, layers, images[:1])
     for layer, module in layers.items():
+        if statistics[f"{layer}.patches/0"].count < 16:
+            continue  # a map of one pixel: three rows fit nothing, and rounding decides
         norm = wiring.norm_after.get(layer)
         weights = channel_weights(model.get_submodule(norm) if norm else None, len(module.weight))
         found = Layer(module, layer, statistics, weights).damage(density)
