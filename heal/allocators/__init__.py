@@ -2,10 +2,12 @@
 
 from heal.allocators.erk import Erk
 from heal.allocators.erk_capped import ErkCapped
+from heal.allocators.evolutionary import Evolutionary
 from heal.allocators.global_magnitude import GlobalMagnitude
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.l2_normalised import L2Normalised
 from heal.allocators.lamp import Lamp
+from heal.allocators.sequence import Sequence
 from heal.allocators.uniform import Uniform
 from heal.allocators.uniform_plus import UniformPlus
 from heal.method import Allocator
@@ -13,10 +15,12 @@ from heal.method import Allocator
 ALLOCATORS: dict[str, type[Allocator]] = {
     "erk": Erk,
     "erk_capped": ErkCapped,
+    "evolutionary": Evolutionary,
     "global_magnitude": GlobalMagnitude,
     "global_variance": GlobalVariance,
     "l2_normalised": L2Normalised,
     "lamp": Lamp,
+    "sequence": Sequence,
     "uniform": Uniform,
     "uniform_plus": UniformPlus,
 }
