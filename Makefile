@@ -56,6 +56,7 @@ golden: $(STAMP)
 
 bench: $(STAMP)
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/cost.py
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/search_cost.py
 	@test -n "$(DATA)" || echo "for the tables on ImageNet give the folder that benchmarks/README.md describes: make bench DATA=..."
 	test -z "$(DATA)" || $(BIN)/python benchmarks/deit_tiny.py --data "$(DATA)"
 

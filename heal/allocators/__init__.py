@@ -2,6 +2,7 @@
 
 from heal.allocators.erk import Erk
 from heal.allocators.erk_capped import ErkCapped
+from heal.allocators.evolutionary import Evolutionary
 from heal.allocators.global_magnitude import GlobalMagnitude
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.l2_normalised import L2Normalised
@@ -9,6 +10,7 @@ from heal.allocators.lamp import Lamp
 from heal.allocators.projection_forced import ProjectionForced
 from heal.allocators.raw_damage import RawDamage
 from heal.allocators.relative_repairability import RelativeRepairability
+from heal.allocators.sequence import Sequence
 from heal.allocators.uniform import Uniform
 from heal.allocators.uniform_plus import UniformPlus
 from heal.method import Allocator
@@ -16,6 +18,7 @@ from heal.method import Allocator
 ALLOCATORS: dict[str, type[Allocator]] = {
     "erk": Erk,
     "erk_capped": ErkCapped,
+    "evolutionary": Evolutionary,
     "global_magnitude": GlobalMagnitude,
     "global_variance": GlobalVariance,
     "l2_normalised": L2Normalised,
@@ -23,6 +26,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "projection_forced": ProjectionForced,
     "raw_damage": RawDamage,
     "relative_repairability": RelativeRepairability,
+    "sequence": Sequence,
     "uniform": Uniform,
     "uniform_plus": UniformPlus,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,7 @@ class Pool:
         whole = sum(weight.numel() * cost[name] for name, weight in weights.items())
         return cls(weights, cost, budget.kept(whole), 1 - budget.fraction)
 
-    @property
+    @cached_property
     def totals(self) -> dict[str, int]:
         """Weights of every layer."""
         return {layer: weight.numel() for layer, weight in self.weights.items()}
@@ -55,7 +56,12 @@ class Pool:
     @property
     def target(self) -> float:
         """The budget before rounding."""
-        return self.share * sum(total * self.cost[layer] for layer, total in self.totals.items())
+        return self.share * sum(self.sizes.values())
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """What all weights of a layer cost together."""
+        return {layer: total * self.cost[layer] for layer, total in self.totals.items()}
 
     def without(self, densities: Mapping[str, float]) -> Pool:
         """The pool of all other layers, with what these densities leave of the budget. Raises BudgetError."""
@@ -68,16 +74,20 @@ class Pool:
         return Pool(rest, {layer: self.cost[layer] for layer in rest}, left, left / whole)
 
     def filled(
-        self, shares: Mapping[str, float], least: Mapping[str, float] | None = None, most: float = 1.0
+        self,
+        shares: Mapping[str, float],
+        least: Mapping[str, float] | None = None,
+        most: float = 1.0,
+        base: float = 0.0,
     ) -> dict[str, float]:
-        """Densities kappa * share, clipped to [least, most], with the one kappa that spends the budget.
+        """Densities base + kappa * share, clipped to [least, most], with the one kappa >= 0 that spends the budget.
 
         Raises BudgetError when no kappa does.
         """
         floor = least or dict.fromkeys(shares, 0.0)
 
         def clipped(kappa: float) -> dict[str, float]:
-            return {layer: min(max(kappa * share, floor[layer]), most) for layer, share in shares.items()}
+            return {layer: min(max(base + kappa * share, floor[layer]), most) for layer, share in shares.items()}
 
         low, high = 0.0, 1.0
         while self._spent(clipped(high)) < self.target and high < 1e300:
@@ -87,10 +97,20 @@ class Pool:
                 f"budget: no densities between {min(floor.values()):g} and {most:g} keep a share of "
                 f"{self.share:g}; remove less, or widen the bounds"
             )
+        return clipped(self.level(clipped, low, high))
+
+    def level(self, densities: Callable[[float], Mapping[str, float]], low: float, high: float) -> float:
+        """Where in [low, high] densities that rise with their argument spend the budget: by bisection, to the last bit.
+
+        They must spend no more than the budget at `low` and no less at `high`.
+        """
+        target = self.target
         for _ in range(200):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._spent(clipped(middle)) < self.target else (low, middle)
-        return clipped(high)
+            if not low < middle < high:
+                break
+            low, high = (middle, high) if self._spent(densities(middle)) < target else (low, middle)
+        return high
 
     def allocation(self, densities: Mapping[str, float], evidence: Mapping[str, Any] | None = None) -> Allocation:
         """Counts from densities in [0, 1]: rounded down, then one more where the fraction is largest.
@@ -122,16 +142,20 @@ class Pool:
         """An allocation of these counts."""
         priced = any(cost != 1 for cost in self.cost.values())
         return Allocation(
-            "weights", dict(counts), self.totals, self.asked, dict(self.cost) if priced else {}, evidence or {}
+            "weights", dict(counts), dict(self.totals), self.asked, dict(self.cost) if priced else {}, evidence or {}
         )
 
     def _spent(self, densities: Mapping[str, float]) -> float:
-        return math.fsum(densities[layer] * total * self.cost[layer] for layer, total in self.totals.items())
+        return math.fsum(densities[layer] * size for layer, size in self.sizes.items())
 
     def _spend(self, counts: dict[str, int], order: list[str]) -> dict[str, int]:
-        """Spend what is left, or take back what is too much, with as few weights as it takes: the dearest first."""
+        """Spend what is left, or take back what is too much, with as few weights as it takes: the dearest first.
+
+        A layer that is never called costs nothing, so it has no part in this.
+        """
         left = self.asked - sum(count * self.cost[layer] for layer, count in counts.items())
-        for layer in sorted(order, key=lambda layer: -self.cost[layer]):
+        priced = [layer for layer in order if self.cost[layer]]
+        for layer in sorted(priced, key=lambda layer: -self.cost[layer]):
             step = min(max(left // self.cost[layer], -counts[layer]), self.totals[layer] - counts[layer])
             counts[layer] += step
             left -= step * self.cost[layer]

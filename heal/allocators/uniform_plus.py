@@ -49,7 +49,7 @@ class UniformPlus:
 
 def _spread(pool: Pool, fixed: dict[str, float], budget: Budget) -> dict[str, float]:
     """The fixed densities, and one for all other layers that spends what they leave."""
-    sizes = {layer: total * pool.cost[layer] for layer, total in pool.totals.items()}
+    sizes = pool.sizes
     left = pool.target - sum(density * sizes[layer] for layer, density in fixed.items())
     density = left / sum(size for layer, size in sizes.items() if layer not in fixed)
     if not 0 <= density <= 1:

@@ -55,7 +55,7 @@ def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
     dense, images = nets.build(net), nets.images(8)
     before = _state(dense)
     for budget in (*BUDGETS, Budget(macs=0.6)):
-        method: Allocator = ALLOCATORS[allocator]()
+        method = _small(allocator)
         try:
             check(dense, budget, method, PRUNERS["none"](), [])
         except InputError:
@@ -92,6 +92,16 @@ def _that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Al
             except InputError:
                 continue
             yield budget, *methods
+
+
+def _small(name: str) -> Allocator:
+    """With its default params, or a search of a few candidates."""
+    short = {
+        "evolutionary": {"population": 3, "generations": 1, "parents": 2, "images": 4},
+        "sequence": {"step": 0.05, "images": 4},
+    }
+    allocator: Allocator = ALLOCATORS[name](**short.get(name, {}))
+    return allocator
 
 
 def _quick(name: str) -> Healer:

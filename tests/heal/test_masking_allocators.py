@@ -264,6 +264,26 @@ def test_macs_are_counted_as_the_flop_counter_counts() -> None:
     assert found.whole == cost.macs(model, (3, nets.SIZE, nets.SIZE))
 
 
+class _HalfUsed(nn.Module):
+    """One of its layers is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.spare, self.last = (nn.Conv2d(3, 3, 3) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(self.first(self.stem(x)))
+        return found
+
+
+@pytest.mark.parametrize("allocator", [Uniform, Erk, Lamp, GlobalMagnitude])
+def test_a_layer_that_is_never_called_takes_no_macs(allocator: type[Allocator]) -> None:
+    context = AllocationContext(images=nets.images(1, 12))
+    found = allocator(include=ALL).allocate(_HalfUsed(), Budget(macs=0.5), context)  # type: ignore[call-arg]
+    assert found.cost["spare"] == 0
+    assert 0 <= found.asked - found.got < max(found.cost.values())
+
+
 @settings(max_examples=100, deadline=None)
 @given(densities=st.lists(st.floats(0, 1), min_size=3, max_size=3), sparsity=st.floats(0, 0.999))
 def test_any_densities_become_counts_that_spend_the_budget_exactly(densities: list[float], sparsity: float) -> None:
