@@ -29,11 +29,13 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks import cifar_resnet  # noqa: E402
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.erk_capped import ErkCapped  # noqa: E402
+from heal.allocators.evolutionary import Evolutionary  # noqa: E402
 from heal.allocators.global_magnitude import GlobalMagnitude  # noqa: E402
 from heal.allocators.l2_normalised import L2Normalised  # noqa: E402
 from heal.allocators.lamp import Lamp  # noqa: E402
 from heal.allocators.raw_damage import RawDamage  # noqa: E402
 from heal.allocators.relative_repairability import RelativeRepairability  # noqa: E402
+from heal.allocators.sequence import Sequence  # noqa: E402
 from heal.allocators.uniform import Uniform  # noqa: E402
 from heal.allocators.uniform_plus import UniformPlus  # noqa: E402
 from heal.errors import BudgetError  # noqa: E402
@@ -74,6 +76,8 @@ ALLOCATIONS: dict[str, Allocator] = {
     "lamp": Lamp(include=ENDS),
     "global_magnitude": GlobalMagnitude(include=ENDS),
     "l2_normalised": L2Normalised(include=ENDS),
+    "sequence": Sequence(include=ENDS),
+    "evolutionary 16x8": Evolutionary(include=ENDS, population=16, generations=8, images=CALIBRATION),
     "raw_damage prior": RawDamage(include=ENDS),
     "raw_damage greedy": RawDamage(include=ENDS, rule="greedy"),
     **{
@@ -138,7 +142,7 @@ class _Bench:
         self, name: str, sparsity: float, repairs: list[str], done: set[tuple[str, ...]]
     ) -> Iterator[dict[str, Any]]:
         """Every repair of one allocation that was not measured yet."""
-        wanted = [repair for repair in repairs if (self.net, f"{sparsity:g}", name, repair, str(self.seed)) not in done]
+        wanted = [repair for repair in repairs if self._point(sparsity, name, repair) not in done]
         allocation = self._allocated(name, sparsity) if wanted else None
         if allocation is None:
             return
@@ -151,6 +155,9 @@ class _Bench:
                 context = HealContext(pruned=mask, seed=self.seed)
                 healer.heal(self.student, self.dense, self.images.calibration, context)
             yield self._measured(name, sparsity, repair, time.perf_counter() - began)
+
+    def _point(self, sparsity: float, name: str, repair: str) -> tuple[str, ...]:
+        return self.net, f"{sparsity:g}", name, repair, str(self.seed), str(len(self.images.test))
 
     def _allocated(self, name: str, sparsity: float) -> Allocation | None:
         context = AllocationContext(statistics=self.statistics, images=self.images.calibration, seed=self.seed)
@@ -212,7 +219,7 @@ def _normalised(pixels: Tensor) -> Tensor:
 
 
 def _point(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[key]) for key in ("net", "sparsity", "allocation", "repair", "seed"))
+    return tuple(str(row[key]) for key in ("net", "sparsity", "allocation", "repair", "seed", "test_images"))
 
 
 def _known() -> list[dict[str, Any]]:
@@ -224,7 +231,16 @@ def _known() -> list[dict[str, Any]]:
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
-    rows.sort(key=lambda row: (row["net"], float(row["sparsity"]), row["allocation"], row["repair"], int(row["seed"])))
+    rows.sort(
+        key=lambda row: (
+            row["net"],
+            float(row["sparsity"]),
+            row["allocation"],
+            row["repair"],
+            int(row["seed"]),
+            int(row["test_images"]),
+        )
+    )
     with (HERE / "cifar.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
