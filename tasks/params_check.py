@@ -161,10 +161,14 @@ def _nearest_key(dotted: str) -> str:
     """The nearest key: beside the wrong one, then of the same name elsewhere, then anywhere."""
     known = list(_all_keys())
     parent, _, last = dotted.rpartition(".")
-    beside = [key for key in known if key.rpartition(".")[0] == parent]
+    # By their own names: a parent that all share would make any two look alike.
+    beside = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    close = difflib.get_close_matches(last, list(beside), n=1, cutoff=0.7)
+    if close:
+        return f"; did you mean {beside[close[0]]}?"
     elsewhere = [key for key in known if key.rpartition(".")[2] == last]
     here = [key for key in elsewhere if key.startswith(f"{parent}.")]
-    return _hint(dotted, beside) or next((f"; did you mean {key}?" for key in here + elsewhere), _hint(dotted, known))
+    return next((f"; did you mean {key}?" for key in here + elsewhere), _hint(dotted, known))
 
 
 def _hint(wanted: str, known: Mapping[str, Any] | list[str]) -> str:
