@@ -12,6 +12,7 @@ import jinja2
 
 from tasks import figures, reproduction, summary
 from tasks.facts import Facts, forward_order, gather
+from tasks.heatmap import repairability
 from tasks.summary import Cell, Column
 from tasks.verdict import verdict, warnings
 
@@ -81,6 +82,7 @@ def _charts(facts: Facts, columns: Sequence[Column]) -> dict[str, Any]:
         "curves": [figures.curve(report["method"], report["losses"]) for report in facts.healing if report["losses"]],
         "alignment": _alignment(facts),
         "layers": _layers(facts),
+        "heatmap": repairability(facts.allocation.get("evidence", {})),
         "costs": [figures.sizes(rows), *(figures.latencies(rows, batch) for batch in summary.batches(rows))],
     }
 
