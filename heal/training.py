@@ -121,9 +121,10 @@ class Schedule:
 class Training(Generic[Batch]):
     """What a healer brings to the loop.
 
-    name: of its checkpoint and in messages. batches: of an epoch, equally many in each. loss: of a step and its
-    batch, a scalar in float32, computed with `trainable`. norms: BatchNorms normalise by their running
-    statistics, as in eval mode, or by the batch, and their running statistics move.
+    name: the method's. batches: of an epoch, equally many in each. loss: of a step and its batch, a scalar
+    in float32, computed with `trainable`. norms: BatchNorms normalise by their running statistics, as in
+    eval mode, or by the batch, and their running statistics move. part: which training of the method it
+    is, if it has several; each has a checkpoint.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Training(Generic[Batch]):
     schedule: Schedule
     masks: MaskPolicy = field(default_factory=Fixed)
     norms: Literal["running", "batch"] = "running"
+    part: str = ""
 
 
 def fit(student: nn.Module, training: Training[Batch], context: HealContext) -> tuple[float, ...]:
@@ -168,7 +170,7 @@ def _descend(training: Training[Batch], optimiser: torch.optim.Optimizer, step: 
     with training.masks.masked(training.trainable):
         with torch.autocast(device.type, torch.bfloat16, enabled=training.schedule.precision == "bfloat16"):
             value = training.loss(step, batch)
-        loss = _finite(value, training.name, step.number)
+        loss = _finite(value, training, step.number)
         value.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -176,12 +178,12 @@ def _descend(training: Training[Batch], optimiser: torch.optim.Optimizer, step: 
     return loss
 
 
-def _finite(value: Tensor, name: str, step: int) -> float:
+def _finite(value: Tensor, training: Training[Batch], step: int) -> float:
     number = float(value.detach())
     if not math.isfinite(number):
-        method = name.split()[0]
+        name, of = training.name, training.part and f" of {training.part}"
         raise NumericalError(
-            f"{name}: the loss is {number} at step {step}; lower healing.{method}.lr, or use float32"
+            f"{name}: the loss{of} is {number} at step {step}; lower healing.{name}.lr, or use float32"
         )
     return number
 
@@ -195,10 +197,13 @@ def _checkpoint(
 ) -> Checkpoint:
     trainable = training.trainable
     device = next(iter(trainable.values())).device.type
-    identity = json.dumps(asdict(training.schedule) | {"steps": steps, "device": device}, sort_keys=True)
+    identity = json.dumps(
+        asdict(training.schedule) | {"steps": steps, "seed": context.seed, "device": device}, sort_keys=True
+    )
     moving = batch_norms(student) if training.norms == "batch" else {}
     buffers = {f"{name}.{leaf}": tensor for name, norm in moving.items() for leaf, tensor in norm.named_buffers()}
-    return Checkpoint(context, training.name, identity, trainable, buffers, optimiser)
+    name = f"{training.name}-{training.part}" if training.part else training.name
+    return Checkpoint(context, name, identity, trainable, buffers, optimiser)
 
 
 def _norms(student: nn.Module, training: Training[Batch]) -> AbstractContextManager[object]:
