@@ -30,7 +30,8 @@ Images = Tensor | ImageArray | Iterable[Tensor]
 class Replay:
     """Batches [b, c, h, w] in one fixed order, the same every epoch (STARFISH replays its batches).
 
-    An image array is dealt in the order of `order`; batches that the caller made stay as they are.
+    An image array is dealt in the order of `order` (indices, of all images or some); batches that the
+    caller made stay as they are.
     """
 
     images: Images
@@ -47,7 +48,7 @@ class Replay:
 
     def __len__(self) -> int:
         if is_array(self.images):
-            return -(-self.images.shape[0] // self.batch_size)
+            return -(-(self.images.shape[0] if self.order is None else len(self.order)) // self.batch_size)
         if isinstance(self.images, Sized):
             with suppress(TypeError):  # a DataLoader of a stream has the method and no length
                 return len(self.images)

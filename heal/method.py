@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -89,7 +89,10 @@ class HealContext(Context):
 
 @dataclass(frozen=True)
 class HealingReport:
-    """What a healer did: loss per step, mean cosine per block before and after, seconds, notes."""
+    """What a healer did: loss per step, mean cosine per block before and after, seconds, notes.
+
+    pruned: what is pruned now, where the healer moved it; None where it is as before.
+    """
 
     method: str
     params: Mapping[str, Any]
@@ -98,6 +101,12 @@ class HealingReport:
     alignment_after: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    pruned: Mask | ChannelCut | None = None
+
+
+def after(context: HealContext, report: HealingReport) -> HealContext:
+    """The context of the next healer: what the one before pruned anew counts from then on."""
+    return context if report.pruned is None else replace(context, pruned=report.pruned)
 
 
 def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner, healers: Iterable[Healer]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from heal.families.discovery import batch_norms
+
 Listener = Callable[[Any], None]
 
 
@@ -35,6 +37,24 @@ def training_only(model: nn.Module, names: frozenset[str]) -> Iterator[nn.Module
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+@contextmanager
+def normalising_by_batch(model: nn.Module, moving: bool) -> Iterator[nn.Module]:
+    """BatchNorms normalise by the mean and variance of the batch; every other module keeps its mode.
+
+    moving: their running statistics move with every batch, by each norm's own momentum; else nothing of
+    them is written, so that no buffer needs to be put back. timm's norms may hold dropout: it stays off.
+    """
+    norms = list(batch_norms(model).values())
+    before = [(norm, norm.training, norm.track_running_stats) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, moving
+        yield model
+    finally:
+        for norm, training, tracking in before:
+            norm.training, norm.track_running_stats = training, tracking
 
 
 @contextmanager

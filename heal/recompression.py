@@ -14,7 +14,7 @@ from heal.allocators import ALLOCATORS
 from heal.errors import BudgetError, ImagesError, MethodError
 from heal.healers import HEALERS
 from heal.images import Images, Replay
-from heal.method import AllocationContext, Allocator, HealContext, Healer, HealingReport, Pruner, check, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, HealingReport, Pruner, after, check, taps
 from heal.naming import nearest
 from heal.progress import Report, quiet
 from heal.pruned import apply, describe_cuts, refuse_broken
@@ -78,8 +78,11 @@ def recompress(
     cuts = describe_cuts(teacher, pruned)
     apply(student, pruned)
     context = HealContext(statistics=statistics, pruned=pruned, seed=seed, report=report, log=log)
-    healing = tuple(healer.heal(student, teacher, images, context) for healer in heal)
-    return Result(student.eval(), pruned, RecompressionReport(budget, allocation, cuts, healing))
+    healing: list[HealingReport] = []
+    for healer in heal:
+        healing.append(healer.heal(student, teacher, images, context))
+        context = after(context, healing[-1])
+    return Result(student.eval(), context.pruned, RecompressionReport(budget, allocation, cuts, tuple(healing)))
 
 
 def _refuse_types(budget: object, healers: object) -> None:

@@ -1,123 +1,226 @@
-"""The one training loop: a healer brings the loss, the trainable tensors and the mask.
+"""The one training loop: a healer brings the loss, what trains and how, and what becomes of masked weights.
 
-The loop owns autocast, optimiser, schedule, masks, progress, checkpoints and resume. It draws no
-random number and walks batches in a fixed order, so what a checkpoint holds (weights, optimiser
-moments, losses, step) is all there is to continue from, bit for bit.
+The loop owns autocast, optimiser, schedule, masks, modes, progress, checkpoints and resume. It draws no
+random number; a loss that does draws from a generator named by its step. So what a checkpoint holds is all
+there is to continue from, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from heal.checkpoint import Checkpoint
 from heal.errors import MethodError, NumericalError
-from heal.images import Replay
+from heal.families.discovery import batch_norms
+from heal.mask_policies import Fixed, MaskPolicy
 from heal.method import HealContext
-from heal.modes import evaluating, training_only
-from heal.values import Mask
-
-PAUSE = 2.0
-"""Seconds between checkpoints, at least."""
+from heal.modes import evaluating, normalising_by_batch, training_only
 
 Precision = Literal["float32", "bfloat16"]
 
-Loss = Callable[[int, Tensor], Tensor]
-"""(number of the batch, images [b, c, h, w]) -> scalar, float32."""
+Batch = TypeVar("Batch")
+Given = TypeVar("Given", covariant=True)
+
+
+class Batches(Protocol[Given]):
+    """What one epoch walks through, in a fixed order; heal.images.Replay is one."""
+
+    def __len__(self) -> int: ...
+
+    def starting_at(self, first: int, /) -> Iterator[Given]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training is: steps and epochs done, the batch's place in its epoch, the losses of all steps before."""
+
+    number: int
+    epoch: int
+    index: int
+    losses: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with torch's betas and epsilon. factors: of the learning rate of a parameter by its name, where not 1."""
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def over(self, trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser; the loop sets its learning rates."""
+        return torch.optim.Adam(_groups(trainable, self.factors), foreach=False)
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent. momentum: in [0, 1), not Nesterov's. weight_decay: >= 0, of all that trains."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise MethodError(f"momentum = {self.momentum:g} is not in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise MethodError(f"weight_decay = {self.weight_decay:g} must be at least 0, and finite")
+
+    def over(self, trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser; the loop sets its learning rate."""
+        options: dict[str, Any] = {"momentum": self.momentum, "weight_decay": self.weight_decay, "foreach": False}
+        return torch.optim.SGD(_groups(trainable, {}), lr=0.0, **options)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Adam with a cosine from `lr` to `min_lr` over all steps, one step a batch, under autocast if in bfloat16."""
+    """A cosine from `lr` to `min_lr` over all steps, one step a batch, under autocast if in bfloat16.
+
+    warmup_epochs: before them the rate rises on a line from 0, which step 0 has; the cosine's clock
+    runs meanwhile. stop_below: the training ends early when a step's loss is less.
+    """
 
     epochs: int
     lr: float
     min_lr: float
     precision: Precision = "float32"
+    warmup_epochs: int = 0
+    optimiser: Adam | Sgd = field(default_factory=Adam)
+    stop_below: float = -math.inf
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise MethodError(f"epochs = {self.epochs} must be at least 1")
         if not 0 <= self.min_lr <= self.lr or self.lr <= 0:
             raise MethodError(f"lr = {self.lr:g} and min_lr = {self.min_lr:g} must satisfy 0 <= min_lr <= lr, lr > 0")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise MethodError(
+                f"warmup_epochs = {self.warmup_epochs} must be at least 0 and less than epochs = {self.epochs}, "
+                "or lr is never reached; lower it"
+            )
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of one step, 0 <= step < steps."""
+        warmup = self.warmup_epochs * (steps // self.epochs)
+        if step < warmup:
+            return self.lr * step / warmup
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * step / steps))
 
+    def is_over(self, losses: Sequence[float], steps: int) -> bool:
+        """Whether all steps are done, or the last was good enough."""
+        return len(losses) >= steps or (bool(losses) and losses[-1] < self.stop_below)
 
-def fit(
-    student: nn.Module,
-    replay: Replay,
-    loss: Loss,
-    trainable: Mapping[str, nn.Parameter],
-    mask: Mask | None,
-    schedule: Schedule,
-    context: HealContext,
-    name: str,
-) -> tuple[float, ...]:
-    """Train `trainable` in place and return the loss of every step.
 
-    The student stays in eval mode: no dropout, no stochastic depth, no moving statistics. Masked
-    weights get no gradient and are zeroed after every step. Raises NumericalError when the loss
-    leaves the finite numbers.
+@dataclass(frozen=True)
+class Training(Generic[Batch]):
+    """What a healer brings to the loop.
+
+    name: the method's. batches: of an epoch, equally many in each. loss: of a step and its batch, a scalar
+    in float32, computed with `trainable`. norms: BatchNorms normalise by their running statistics, as in
+    eval mode, or by the batch, and their running statistics move. part: which training of the method it
+    is, if it has several; each has a checkpoint.
     """
-    parameters = list(trainable.values())
-    optimiser = torch.optim.Adam(parameters, lr=schedule.lr, foreach=False)
-    keep = {} if mask is None else _on_device(mask, trainable)
-    device = parameters[0].device
-    checkpoint = _Checkpoint(context, name, schedule, trainable, optimiser)
-    losses = checkpoint.restore()
-    batches = len(replay)
+
+    name: str
+    batches: Callable[[int], Batches[Batch]]
+    loss: Callable[[Step, Batch], Tensor]
+    trainable: Mapping[str, nn.Parameter]
+    schedule: Schedule
+    masks: MaskPolicy = field(default_factory=Fixed)
+    norms: Literal["running", "batch"] = "running"
+    part: str = ""
+
+
+def fit(student: nn.Module, training: Training[Batch], context: HealContext) -> tuple[float, ...]:
+    """Train in place and return the loss of every step.
+
+    The student is in eval mode: no dropout, no stochastic depth; BatchNorms as `norms` says. Takes up
+    the checkpoint of an attempt that was cut off. Raises NumericalError when the loss leaves the finite
+    numbers.
+    """
+    schedule, name = training.schedule, training.name
+    optimiser = schedule.optimiser.over(training.trainable)
+    batches = len(training.batches(0))
     steps = schedule.epochs * batches
-    with evaluating(student), training_only(student, frozenset(trainable)):
-        while len(losses) < steps:
-            first = len(losses) % batches
-            for index, batch in enumerate(replay.starting_at(first), start=first):
-                for group in optimiser.param_groups:
-                    group["lr"] = schedule.lr_at(len(losses), steps)
-                with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
-                    value = loss(index, batch.to(device))
-                losses.append(_finite(value, name, len(losses)))
-                value.backward()  # type: ignore[no-untyped-call]
-                _step(optimiser, trainable, keep)
+    checkpoint = _checkpoint(student, training, steps, optimiser, context)
+    losses = checkpoint.restore()
+    with evaluating(student), training_only(student, frozenset(training.trainable)), _norms(student, training):
+        while not schedule.is_over(losses, steps):
+            epoch, first = divmod(len(losses), batches)
+            for index, batch in enumerate(training.batches(epoch).starting_at(first), start=first):
+                _set_lr(optimiser, schedule.lr_at(len(losses), steps))
+                losses.append(_descend(training, optimiser, Step(len(losses), epoch, index, losses), batch))
                 context.report(name, len(losses), steps)
                 checkpoint.save_if_due(losses)
+                if schedule.is_over(losses, steps):
+                    break
+    checkpoint.save(losses)
     return tuple(losses)
 
 
-def _step(optimiser: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor]) -> None:
-    for name, kept in keep.items():
-        gradient = trainable[name].grad
-        if gradient is not None:
-            gradient.mul_(kept)
+def _descend(training: Training[Batch], optimiser: torch.optim.Optimizer, step: Step, batch: Batch) -> float:
+    """One step; its loss."""
+    device = next(iter(training.trainable.values())).device
+    with training.masks.masked(training.trainable):
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.schedule.precision == "bfloat16"):
+            value = training.loss(step, batch)
+        loss = _finite(value, training, step.number)
+        value.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, kept in keep.items():
-            trainable[name].mul_(kept)
+    training.masks.settle(training.trainable)
+    return loss
 
 
-def _finite(value: Tensor, name: str, step: int) -> float:
+def _finite(value: Tensor, training: Training[Batch], step: int) -> float:
     number = float(value.detach())
     if not math.isfinite(number):
-        raise NumericalError(f"{name}: the loss is {number} at step {step}; lower healing.{name}.lr, or use float32")
+        name, of = training.name, training.part and f" of {training.part}"
+        raise NumericalError(
+            f"{name}: the loss{of} is {number} at step {step}; lower healing.{name}.lr, or use float32"
+        )
     return number
 
 
-def _on_device(mask: Mask, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    names = {f"{layer}.weight": keep for layer, keep in mask.keep.items()}
-    return {name: keep.to(trainable[name]) for name, keep in names.items() if name in trainable}
+def _checkpoint(
+    student: nn.Module,
+    training: Training[Batch],
+    steps: int,
+    optimiser: torch.optim.Optimizer,
+    context: HealContext,
+) -> Checkpoint:
+    trainable = training.trainable
+    device = next(iter(trainable.values())).device.type
+    identity = json.dumps(
+        asdict(training.schedule) | {"steps": steps, "seed": context.seed, "device": device}, sort_keys=True
+    )
+    moving = batch_norms(student) if training.norms == "batch" else {}
+    buffers = {f"{name}.{leaf}": tensor for name, norm in moving.items() for leaf, tensor in norm.named_buffers()}
+    name = f"{training.name}-{training.part}" if training.part else training.name
+    return Checkpoint(context, name, identity, trainable, buffers, optimiser)
+
+
+def _norms(student: nn.Module, training: Training[Batch]) -> AbstractContextManager[object]:
+    return normalising_by_batch(student, moving=True) if training.norms == "batch" else nullcontext()
+
+
+def _groups(trainable: Mapping[str, nn.Parameter], factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """One group for every factor."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        groups.setdefault(factors.get(name, 1.0), []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
+
+
+def _set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def precision_on(device: torch.device, wanted: Precision | Literal["auto"]) -> Precision:
@@ -132,69 +235,3 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-class _Checkpoint:
-    """One safetensors file, replaced atomically: weights, Adam moments, losses so far."""
-
-    def __init__(
-        self,
-        context: HealContext,
-        name: str,
-        schedule: Schedule,
-        trainable: Mapping[str, nn.Parameter],
-        optimiser: torch.optim.Adam,
-    ) -> None:
-        self.path = None if context.checkpoints is None else Path(context.checkpoints) / f"{name}.safetensors"
-        self.context, self.trainable, self.optimiser = context, trainable, optimiser
-        device = next(iter(trainable.values())).device.type
-        self.schedule = json.dumps(asdict(schedule) | {"device": device}, sort_keys=True)
-        self.due_at = time.monotonic() + PAUSE
-
-    def restore(self) -> list[float]:
-        """Take up the last checkpoint, if there is one of this schedule; the losses so far."""
-        if self.path is None or not self.path.exists():
-            return []
-        with safe_open(self.path, framework="pt") as file:
-            if (file.metadata() or {}).get("schedule") != self.schedule:
-                self.context.log(f"checkpoint {self.path.name} is of another schedule: starting anew")
-                return []
-            losses = [float(loss) for loss in file.get_tensor("losses")]
-            stored = set(file.keys())
-            for name, parameter in self.trainable.items():
-                if f"weight/{name}" not in stored:
-                    continue
-                with torch.no_grad():
-                    parameter.copy_(file.get_tensor(f"weight/{name}"))
-                self.optimiser.state[parameter] = {
-                    "step": torch.tensor(float(len(losses))),
-                    "exp_avg": file.get_tensor(f"exp_avg/{name}").to(parameter.device),
-                    "exp_avg_sq": file.get_tensor(f"exp_avg_sq/{name}").to(parameter.device),
-                }
-        self.context.log(f"resuming after step {len(losses)}")
-        return losses
-
-    def _moved(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.trainable.items() if parameter in self.optimiser.state]
-
-    def save_if_due(self, losses: list[float]) -> None:
-        """Write the file, seldom enough that at most a twentieth of the time goes into it."""
-        began = time.monotonic()
-        if self.path is None or began < self.due_at:
-            return
-        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-        # A layer after the last block gets no gradient, and Adam keeps nothing of it.
-        for name, parameter in self._moved():
-            state = self.optimiser.state[parameter]
-            tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
-            tensors[f"exp_avg/{name}"] = state["exp_avg"].cpu().contiguous()
-            tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"].cpu().contiguous()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        save_file(tensors, beside, metadata={"schedule": self.schedule})
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
-        self.context.checkpoint_saved()
-        took = time.monotonic() - began
-        self.due_at = time.monotonic() + max(PAUSE, 20 * took)

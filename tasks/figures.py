@@ -203,9 +203,9 @@ def _against(count: int, dense: int) -> str:
 
 
 def _ticks(largest: float, bottom: float = 0.0) -> tuple[Tick, ...]:
-    """Round marks from 0 up to `largest`, where the axis ends: three to five of them."""
-    step = _round_step(largest / 4)
-    values = [step * index for index in range(int(largest / step) + 1)]
+    """Round marks from `bottom`, which may be negative, up to `largest`, where the axis ends: three to five of them."""
+    step = _round_step((largest - bottom) / 4)
+    values = [step * index for index in range(math.ceil(bottom / step), math.floor(largest / step) + 1)]
     return tuple(Tick(_place(value - bottom, largest - bottom), f"{value:,.6g}") for value in values)
 
 

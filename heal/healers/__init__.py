@@ -3,11 +3,13 @@
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration
 from heal.healers.bias_correction import BiasCorrection
 from heal.healers.closed_form import ClosedForm
+from heal.healers.layerwise import Layerwise
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.none import NoHealing
 from heal.healers.repair import Repair
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.starfish import Starfish
+from heal.healers.unipts import Unipts
 from heal.healers.variance_matching import VarianceMatching
 from heal.healers.weight_statistic_correction import WeightStatisticCorrection
 from heal.method import Healer
@@ -16,11 +18,13 @@ HEALERS: dict[str, type[Healer]] = {
     "batchnorm_recalibration": BatchnormRecalibration,
     "bias_correction": BiasCorrection,
     "closed_form": ClosedForm,
+    "layerwise": Layerwise,
     "layerwise_variance": LayerwiseVariance,
     "none": NoHealing,
     "repair": Repair,
     "signal_resuscitation": SignalResuscitation,
     "starfish": Starfish,
+    "unipts": Unipts,
     "variance_matching": VarianceMatching,
     "weight_statistic_correction": WeightStatisticCorrection,
 }

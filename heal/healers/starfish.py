@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from heal.errors import MethodError
 from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array, shuffled
+from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.naming import refuse_unknown
 from heal.states import TeacherStates, alignment, block_outputs, cosine, rows
-from heal.training import Schedule, fit, precision_on
-from heal.values import Mask
+from heal.training import Schedule, Step, Training, fit, precision_on
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,19 @@ def _train(
     family = describe(teacher)
     names = [f"{layer}.weight" for layer in family.layers]
     trainable = {name: student.get_parameter(name) for name in names}
-    mask = context.pruned if isinstance(context.pruned, Mask) else None
+    device = next(student.parameters()).device
     with evaluating(teacher), block_outputs(student, family.blocks) as ours:
 
-        def loss(index: int, batch: Tensor) -> Tensor:
+        def loss(step: Step, batch: Tensor) -> Tensor:
+            batch = batch.to(device)
             student(batch)
-            with torch.autocast(batch.device.type, enabled=False):
-                targets = states.of(index, batch)
+            with torch.autocast(device.type, enabled=False):
+                targets = states.of(step.index, batch)
                 terms = [1 - cosine(rows(ours[b], family.states), targets[b]) for b in family.blocks]
                 return torch.stack(terms).mean()
 
-        return fit(student, replay, loss, trainable, mask, schedule, context, "starfish")
+        masks = Fixed.of(context.pruned, trainable)
+        return fit(student, Training("starfish", lambda _: replay, loss, trainable, schedule, masks), context)
 
 
 def _both(notes: list[str], log: Callable[[str], None]) -> Callable[[str], None]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from heal import masking, training
+from heal import checkpoint, masking
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.uniform import Uniform
 from heal.errors import ArchitectureError, ImagesError, NumericalError
@@ -193,8 +193,8 @@ def test_same_seed_same_bits_and_another_seed_another_order() -> None:
 def test_a_resumed_training_ends_in_the_same_bits(
     stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "PAUSE", 0.0)
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: 0.0))  # a checkpoint after every step
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 0.0))  # a checkpoint after every step
     model, images = nets.build("vit"), nets.images(12)
     method = Starfish(epochs=2, batch_size=4)
 

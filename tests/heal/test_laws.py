@@ -22,6 +22,7 @@ from heal.values import Budget, Mask
 from tests.heal import nets
 
 BUDGETS = (Budget(weights=0.6), Budget(neurons=0.5))
+SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1}
 
 
 @pytest.mark.parametrize("healer", HEALERS)
@@ -106,7 +107,8 @@ def _small(name: str) -> Allocator:
 
 def _quick(name: str) -> Healer:
     healer: Healer = HEALERS[name]()
-    short = {"epochs": 1} if dataclasses.is_dataclass(healer) and hasattr(healer, "epochs") else {}
+    fields = {field.name for field in dataclasses.fields(healer)} if dataclasses.is_dataclass(healer) else set()
+    short = {param: value for param, value in SHORT.items() if param in fields}
     return dataclasses.replace(healer, **short)  # type: ignore[type-var]
 
 

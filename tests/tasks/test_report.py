@@ -273,3 +273,10 @@ def test_short_and_flat_curves_are_drawn_inside_the_plot(losses: list[float]) ->
 def test_blocks_are_in_forward_order() -> None:
     names = dict.fromkeys(["stages.1.0", "blocks.10", "blocks.2", "blocks.1"], 0.0)
     assert forward_order(names) == ["blocks.1", "blocks.2", "blocks.10", "stages.1.0"]
+
+
+def test_a_curve_below_zero_has_its_marks() -> None:
+    """The divergence of UniPTS is measured from the teacher's entropy, so that it may be negative throughout."""
+    made = figures.curve("unipts", [-31.3 - 0.002 * step for step in range(100)])
+    assert [tick.text for tick in made.y] == ["-31.45", "-31.4", "-31.35", "-31.3"]
+    assert [tick.at for tick in made.y] == sorted((tick.at for tick in made.y), reverse=True)

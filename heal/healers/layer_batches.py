@@ -1,0 +1,129 @@
+"""What enters a layer and what should leave it: batch after batch, nothing behind the layer being run.
+
+A layer that is called several times in one pass is seen at its first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from heal.images import Images, Replay, is_array
+from heal.modes import Listener, listening
+
+Pair = tuple[Tensor, Tensor]
+"""A layer's input and the output that is wanted of it, as the layer takes and gives them."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer in both networks, which are in eval mode. inputs: whose input the layer is tuned on."""
+
+    layer: str
+    student: nn.Module
+    teacher: nn.Module
+    inputs: Literal["dense", "pruned"]
+
+    def pair(self, images: Tensor) -> Pair:
+        """What enters the layer, of the teacher or of the student as it is now, and what the teacher's layer gives."""
+        images = images.to(next(self.student.parameters()).device)
+        entered, left = _seen(self.teacher, images, f"{self.layer}.input", f"{self.layer}.output")
+        if self.inputs == "pruned":
+            (entered,) = _seen(self.student, images, f"{self.layer}.input")
+        return entered, left
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The same images [b, c, h, w] in `steps` steps; the networks run once."""
+
+    site: Site
+    images: Tensor
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def starting_at(self, first: int) -> Iterator[Pair]:
+        """The pair, as often as steps are left."""
+        pair = self.site.pair(self.images)
+        for _ in range(first, self.steps):
+            yield pair
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch for every step, by its number. The networks run once a batch as long as pairs fit in `cache_bytes`
+    of memory, and once a step for the batches that do not; the values are the same."""
+
+    site: Site
+    batches: Sequence[Tensor]
+    numbers: Sequence[int]
+    cache_bytes: int
+    kept: dict[int, Pair] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def starting_at(self, first: int) -> Iterator[Pair]:
+        """The pairs of the steps that are left."""
+        for number in self.numbers[first:]:
+            yield self._pair(number)
+
+    def _pair(self, number: int) -> Pair:
+        batch = self.batches[number]
+        if number in self.kept:
+            entered, left = self.kept[number]
+            device = next(self.site.student.parameters()).device
+            return entered.to(device), left.to(device)
+        pair = self.site.pair(batch)
+        held = sum(entered.nbytes + left.nbytes for entered, left in self.kept.values())
+        if held + pair[0].nbytes + pair[1].nbytes <= self.cache_bytes:
+            self.kept[number] = (pair[0].cpu(), pair[1].cpu())
+        return pair
+
+
+@dataclass(frozen=True)
+class _Dealt(Sequence[Tensor]):
+    """The batches of an image array by number, fetched when they are asked for."""
+
+    replay: Replay
+
+    def __len__(self) -> int:
+        return len(self.replay)
+
+    def __getitem__(self, number: int) -> Tensor:  # type: ignore[override]
+        return next(self.replay.starting_at(number))
+
+
+def numbered(images: Images, batch_size: int) -> Sequence[Tensor]:
+    """The batches by number; those of a stream are held in memory, as they can only be walked."""
+    replay = Replay(images, batch_size)
+    return _Dealt(replay) if is_array(images) else list(replay)
+
+
+def _seen(model: nn.Module, images: Tensor, *taps: str) -> list[Tensor]:
+    """What passes the taps, in their order; the pass ends at the last."""
+    seen: list[Tensor] = []
+
+    def listener(is_last: bool) -> Listener:
+        def listen(x: Tensor) -> None:
+            seen.append(x)
+            if is_last:
+                raise _AllSeen
+
+        return listen
+
+    listeners = {tap: listener(tap == taps[-1]) for tap in taps}
+    with torch.no_grad(), listening(model, listeners), suppress(_AllSeen):
+        model(images)
+    return seen
+
+
+class _AllSeen(Exception):
+    """Nothing that follows in this forward pass is listened to."""
