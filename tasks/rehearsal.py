@@ -23,6 +23,7 @@ from heal.naming import nearest
 from heal.values import LayerStats
 from tasks import calibration, data, dense, models, resolve
 from tasks.classes import Classes
+from tasks.gate import QUALITY
 from tasks.images import read_labels
 from tasks.preprocessing import parse
 from tasks.progress import Progress
@@ -39,6 +40,7 @@ def glance(params: Params) -> None:
     for section in (params.activations, params.healing, params.evaluation):
         models.device_of(section.device)
     _refuse_names(params)
+    _refuse_no_limit(params)
     resolve.resolve_images(params)
 
 
@@ -76,6 +78,15 @@ def _refuse_names(params: Params) -> None:
     for name in params.evaluation.latency_models:
         if name not in known:
             raise InputError(f"evaluation.latency_models: there will be no model {name!r}; {nearest(name, known)}")
+
+
+def _refuse_no_limit(params: Params) -> None:
+    """The gate would say so after everything else was done."""
+    wanted = ("min_agreement",) if params.evaluation.labels is False else QUALITY
+    if all(getattr(params.promotion, name) is None for name in wanted):
+        raise InputError(
+            f"promotion sets no limit on quality; set promotion.{' or '.join(wanted)}; a drop of 1 allows any"
+        )
 
 
 def _refuse_name(params: Params, dense: Path) -> None:

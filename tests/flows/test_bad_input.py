@@ -173,6 +173,20 @@ def _no_such_device_for_a_model_to_train(workplace: Workplace) -> tuple[str, ...
     return _no_such_device(workplace)
 
 
+def _no_limit_on_quality(workplace: Workplace) -> tuple[str, ...]:
+    _edit(
+        workplace,
+        "promotion: {max_drop_dense: 1.0, max_drop_champion: 1.0, min_agreement: 0.0}",
+        "promotion: {max_drop_dense: null, max_drop_champion: null, min_agreement: null}",
+    )
+    return ("no limit on quality", "set promotion.max_drop_dense")
+
+
+def _a_repair_of_norms_that_are_not_there(workplace: Workplace) -> tuple[str, ...]:
+    _edit(workplace, "methods: [closed_form, starfish]", "methods: [closed_form, batchnorm_recalibration]")
+    return ("batchnorm_recalibration works on BatchNorms", "has none")
+
+
 MISTAKES = [
     _misspelled_key,
     _fifty,
@@ -188,6 +202,8 @@ MISTAKES = [
     _no_table,
     _budget_that_cannot_be_met,
     _methods_that_do_not_go_together,
+    _a_repair_of_norms_that_are_not_there,
+    _no_limit_on_quality,
     _no_such_device,
     _no_such_device_for_a_model_to_train,
     _state_that_cannot_be_written,
