@@ -5,13 +5,15 @@
 
 The whole cross is run by the library in one process, because it is thousands of points; the points that decide
 are runs of the pipeline (presets/). A row names its images: the test images are the first N of the test set, and
-agreement is measured on held-out training images as well, which need no label. Writes cifar.csv beside this file.
+agreement is measured on held-out training images as well, which need no label. Writes cifar.csv and cifar.md
+beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -245,6 +247,31 @@ def _write(rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    (HERE / "cifar.md").write_text(_markdown(rows))
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    """Top-1 in per cent: a table for every network and sparsity, a line an allocation, a column a repair."""
+    tables: dict[tuple[str, ...], dict[tuple[str, str], list[float]]] = {}
+    for row in rows:
+        table = tables.setdefault((row["net"], row["sparsity"], str(row["test_images"])), {})
+        table.setdefault((row["allocation"], row["repair"]), []).append(float(row["top1"]))
+    lines = ["Top-1 in per cent; of several seeds the mean and, in brackets, the standard deviation."]
+    for (net, sparsity, count), cells in tables.items():
+        repairs = [name for name in REPAIRS if any(repair == name for _, repair in cells)]
+        lines += ["", f"### {net}, {100 * float(sparsity):g} % masked, {count} test images", ""]
+        lines += ["| allocation | " + " | ".join(repairs) + " |", "|---" * (len(repairs) + 1) + "|"]
+        for name in (name for name in ALLOCATIONS if any(allocation == name for allocation, _ in cells)):
+            lines.append(
+                f"| {name} | " + " | ".join(_shown(cells.get((name, repair), [])) for repair in repairs) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _shown(values: list[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.1f} ({statistics.stdev(values):.1f})"
 
 
 def _options() -> argparse.Namespace:
