@@ -16,7 +16,7 @@ from tasks.params_file import Json, ParamsError, Written, override, read
 if TYPE_CHECKING:
     from heal.method import Allocator, Healer, Pruner
 
-__all__ = ["Params", "ParamsError", "UndeclaredReadError", "load"]
+__all__ = ["Params", "ParamsError", "UndeclaredReadError", "load", "of"]
 
 Scalar: TypeAlias = str | int | float | bool | None
 AnySection = TypeVar("AnySection", bound=schema.Section)
@@ -35,7 +35,11 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Params:
     Raises ParamsError with one line for each thing to change, MethodError when the methods named
     make no sense together.
     """
-    written = override(Written() if path is None else read(path), overrides)
+    return of(override(Written() if path is None else read(path), overrides))
+
+
+def of(written: Written) -> Params:
+    """The params of values that were written somewhere. Raises as `load` does."""
     params = Params(checked(written), written.places)
     contradictions = list(methods.contradictions(params.sections, params.where))
     if contradictions:

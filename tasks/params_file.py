@@ -7,7 +7,7 @@ true/false are booleans. Duplicate keys, aliases and tags are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -78,6 +78,29 @@ def override(written: Written, overrides: Sequence[str]) -> Written:
     return written
 
 
+def put(written: Written, dotted: str, value: Json, places: Mapping[str, str]) -> list[str]:
+    """Set one value in place of what was there; gives what stands in the way, if anything does.
+
+    places: where the value was written, under its dotted key, and what lies in it.
+    """
+    parent = written.values
+    *sections, last = dotted.split(".")
+    for depth, section in enumerate(sections, start=1):
+        if section not in parent:
+            written.places[".".join(sections[:depth])] = places[dotted]
+        below = parent.setdefault(section, {})
+        if below is None:
+            parent[section] = below = {}
+        if not isinstance(below, dict):
+            return [f"{places[dotted]}: {section} is a value, not a section; set it as a whole"]
+        parent = below
+    parent[last] = value
+    for key in [key for key in written.places if key.startswith(f"{dotted}.")]:
+        del written.places[key]
+    written.places.update(places)
+    return []
+
+
 _OVERRIDE = re.compile(r"([A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)*)=(.*)", re.DOTALL)
 
 
@@ -89,22 +112,9 @@ def _set(written: Written, text: str) -> list[str]:
     place = f"-S {text.strip()}"
     problems: list[str] = []
     node = _compose(source, place)
-    places: dict[str, str] = {}
+    places: dict[str, str] = {dotted: place}
     value = None if node is None else _Reading(place, places, problems, numbered=False).value(node, dotted)
-    parent = written.values
-    *sections, last = dotted.split(".")
-    for section in sections:
-        below = parent.setdefault(section, {})
-        if below is None:
-            parent[section] = below = {}
-        if not isinstance(below, dict):
-            return [f"{place}: {section} is a value, not a section; set it as a whole"]
-        parent = below
-    parent[last] = value
-    for key in [key for key in written.places if key.startswith(f"{dotted}.")]:
-        del written.places[key]
-    written.places.update(places | {dotted: place})
-    return problems
+    return [*put(written, dotted, value, places), *problems]
 
 
 def _compose(text: str, place: str) -> yaml.Node | None:

@@ -75,6 +75,11 @@ def test_every_value_knows_where_it_was_set(tmp_path: Path) -> None:
     assert params.where("evaluation.source") == "default"
 
 
+def test_a_section_that_only_an_override_has_is_the_overrides(tmp_path: Path) -> None:
+    (line,) = refusal(written(tmp_path, "healing:\n  seed: 3\n"), "healing.starfihs.lr=1e-3")
+    assert line.startswith("-S healing.starfihs.lr=1e-3: healing.starfihs is not a key")
+
+
 def test_all_problems_come_together_with_place_and_advice(tmp_path: Path) -> None:
     path = written(tmp_path, "healing:\n  starfish: {epoch: 3}\n  lr: 1\ncalibration:\n  cout: 4\n")
     assert refusal(path, "calibration.count=-3") == [
