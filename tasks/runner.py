@@ -51,6 +51,11 @@ class Ref:
     cached: bool = False
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, record: Record, cached: bool = False) -> Ref:
+        """The reference to a finished computation."""
+        return cls(record.stage, record.key, record.digest, record.metrics, cached, record.seconds)
+
     def dump(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {**asdict(self), "metrics": dict(self.metrics)}
@@ -79,11 +84,11 @@ def run_stage(
         with _alone(stage, key):
             found = find(stage, key, store)
             if found is None:
-                return _ref(_computed(stage, params, key, ingredients, store, progress_factory, resolve))
+                return Ref.of(_computed(stage, params, key, ingredients, store, progress_factory, resolve))
     store.touch(key)
     # A process that was killed between publishing and cleaning up left its work behind.
     shutil.rmtree(state.work(key), ignore_errors=True)
-    return _ref(found, cached=True)
+    return Ref.of(found, cached=True)
 
 
 def find(stage: Stage, key: str, store: Store, thorough: bool = True) -> Record | None:
@@ -150,10 +155,6 @@ def _refuse_moved(stage: Stage, before: Resolved, after: Resolved) -> None:
         raise MovedError(
             f"{', '.join(moved)} changed while stage {stage.name} was reading it; nothing was published, run again"
         )
-
-
-def _ref(record: Record, cached: bool = False) -> Ref:
-    return Ref(record.stage, record.key, record.digest, record.metrics, cached, record.seconds)
 
 
 def _empty(folder: Path) -> Path:

@@ -89,3 +89,9 @@ STAGES: dict[str, Stage] = {
         ),
     )
 }
+
+
+def up_to(last: str) -> dict[str, Stage]:
+    """The stages of a run from the first to `last`."""
+    names = list(STAGES)
+    return {name: STAGES[name] for name in names[: names.index(last) + 1]}

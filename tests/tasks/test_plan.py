@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tasks import keys
-from tasks.plan import PlannedStage, differences, plan
+from tasks.plan import PlannedStage, differences, finished, plan
 from tasks.runner import Ref, run_stage
 from tasks.store import Store
 from tests.tasks import toy
@@ -55,6 +55,19 @@ def test_an_empty_store_runs_everything(tmp_path: Path, toy_log: Log) -> None:
     }
     assert found["first"].key and not found["first"].digest and found["second"].key is None
     assert toy_log() == []
+
+
+def test_what_is_finished_is_found_whole_or_not_at_all(store: Store, toy_log: Log) -> None:
+    ran = toy_log()
+    found = finished(ToyParams(), store, {}, STAGES)
+    assert found is not None
+    assert {name: record.digest for name, record in found.items()} == {
+        name: stage.digest for name, stage in planned(store).items()
+    }
+    shutil.rmtree(Path(store.url) / "artifacts" / found["second"].digest)
+    assert finished(ToyParams(), store, {}, STAGES) is None
+    assert finished(ToyParams(), store, {"first.word": "new"}, STAGES) is None
+    assert toy_log() == ran
 
 
 def test_a_finished_run_is_all_cached(store: Store) -> None:
