@@ -107,7 +107,7 @@ def sizes(rows: Sequence[Row]) -> Bars:
         )
         for name, kind, count in entries
     )
-    return Bars("Weights file", f"{unit}, lower is better", bars, _ticks(top), bars[0].length)
+    return Bars("Weights file", f"{unit}, lower is better", bars, round_ticks(top), bars[0].length)
 
 
 def latencies(rows: Sequence[Row], batch: int) -> Bars:
@@ -124,7 +124,7 @@ def latencies(rows: Sequence[Row], batch: int) -> Bars:
         bars.append(Bar(row.name, role(row.name), _place(spread.median / scale, top), text, None, whisker, note))
     reference = bars[0].length if timed[0][0] is rows[0] else None
     direction = f"{unit}, median and quartiles, lower is better"
-    return Bars(f"Latency, batch of {batch}", direction, tuple(bars), _ticks(top), reference)
+    return Bars(f"Latency, batch of {batch}", direction, tuple(bars), round_ticks(top), reference)
 
 
 def widths(kept: Mapping[str, int], total: Mapping[str, int], unit: str) -> Bars:
@@ -134,7 +134,7 @@ def widths(kept: Mapping[str, int], total: Mapping[str, int], unit: str) -> Bars
         Bar(name, "healed", _place(kept[name], top), f"{kept[name]:,} of {total[name]:,}", _place(total[name], top))
         for name in kept
     )
-    return Bars("Width kept in each layer", f"{unit}, dense width behind", bars, _ticks(top))
+    return Bars("Width kept in each layer", f"{unit}, dense width behind", bars, round_ticks(top))
 
 
 def sparsities(kept: Mapping[str, int], total: Mapping[str, int]) -> Bars:
@@ -173,7 +173,7 @@ def curve(method: str, losses: Sequence[float]) -> Curve:
     height: Callable[[float], float] = math.log10 if logarithmic else float
     lowest, top = height(min(losses)), height(max(losses))
     bottom = lowest if logarithmic else min(lowest, 0.0)
-    marks = _decades(bottom, top) if logarithmic else _ticks(top, bottom)
+    marks = _decades(bottom, top) if logarithmic else round_ticks(top, bottom)
 
     def path(points: Sequence[tuple[int, float]]) -> str:
         scaled = (
@@ -202,14 +202,14 @@ def _against(count: int, dense: int) -> str:
     return times(count / dense) if dense and count != dense else ""
 
 
-def _ticks(largest: float, bottom: float = 0.0) -> tuple[Tick, ...]:
+def round_ticks(largest: float, bottom: float = 0.0) -> tuple[Tick, ...]:
     """Round marks from `bottom`, which may be negative, up to `largest`, where the axis ends: three to five of them."""
-    step = _round_step((largest - bottom) / 4)
+    step = round_step((largest - bottom) / 4)
     values = [step * index for index in range(math.ceil(bottom / step), math.floor(largest / step) + 1)]
     return tuple(Tick(_place(value - bottom, largest - bottom), f"{value:,.6g}") for value in values)
 
 
-def _round_step(rough: float) -> float:
+def round_step(rough: float) -> float:
     """1, 2, 2.5 or 5 times a power of ten, at least `rough`."""
     power = 10.0 ** math.floor(math.log10(max(rough, 1e-12)))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * (1 - 1e-9))
@@ -222,7 +222,7 @@ def _decades(bottom: float, top: float) -> tuple[Tick, ...]:
 
 def _steps(count: int) -> tuple[Tick, ...]:
     """Step numbers under a curve; the last mark is dropped where it would leave the plot."""
-    step = max(1, int(_round_step(count / 4)))
+    step = max(1, int(round_step(count / 4)))
     return tuple(Tick(_place(at, max(count - 1, 1)), f"{at:,}") for at in range(0, count, step))
 
 

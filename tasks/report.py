@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from tasks import figures, reproduction, summary
+from tasks import figures, pages, reproduction, summary
 from tasks.facts import Facts, forward_order, gather
 from tasks.heatmap import repairability
 from tasks.summary import Cell, Column
@@ -19,8 +16,6 @@ from tasks.verdict import verdict, warnings
 if TYPE_CHECKING:
     from tasks.params import Params
     from tasks.progress import Progress
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
@@ -38,19 +33,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
 
 def render(facts: Facts, title: str | None = None) -> str:
     """The page as HTML."""
-    return _templates().get_template("report.html.j2").render(title=title or facts.model, **_page(facts))
-
-
-@cache
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    return pages.template("report.html.j2").render(title=title or facts.model, **_page(facts))
 
 
 def _page(facts: Facts) -> dict[str, Any]:

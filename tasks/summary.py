@@ -116,7 +116,7 @@ def table(evaluation: Mapping[str, Any], healers: Sequence[str] = ()) -> Table:
     for row in found:
         shown.add_column(Text(row.name), justify="right", style="bold" if row is found[-1] else "")
     for column in columns(found, evaluation["images"]):
-        shown.add_row(_heading(column), *(_terminal(cell) for cell in column.cells))
+        shown.add_row(heading(column), *(_terminal(cell) for cell in column.cells))
     return shown
 
 
@@ -228,7 +228,7 @@ def _timings(rows: Sequence[Row], batch: int) -> Column:
     return Column(f"latency{batch}", f"Latency, batch {batch}", unit, "lower", tuple(cell(row) for row in rows))
 
 
-def _heading(column: Column) -> str:
+def heading(column: Column) -> str:
     label = column.label.removesuffix(" with dense")
     arrow = {"higher": " ↑", "lower": " ↓", "": ""}[column.better]
     return f"{label}{', ' if column.unit else ''}{column.unit}{arrow}"
