@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.states import Completed
 
 from flows import gate
 from flows.screen import Output, Screen
+from flows.stage_task import run_as_task
 from tasks import params as parameters
 from tasks import promotion, resolve, tracking
 from tasks.params import Params
@@ -80,39 +78,22 @@ class Road:
 
     def stage(self, name: str, *upstream: Ref) -> Ref:
         """The stage as a Prefect task; it reads the artifacts of the stages before it."""
-        decorate = task(
-            name=name,
-            task_run_name=name,
-            cache_policy=NO_CACHE,
-            persist_result=False,
-            retries=2,
-            retry_delay_seconds=5,
-            retry_condition_fn=_is_transient,
-        )
-        run: Any = decorate(self._run)
-        state: State[Ref] = run(name, {ref.stage: ref.digest for ref in upstream}, return_state=True)
-        ref: Ref = state.result()
-        return ref
+        return run_as_task(name, self._run, {ref.stage: ref.digest for ref in upstream})
 
     def promote(self, registration: Ref) -> promotion.Decision:
         """Ask the gate; moves the champion when it says yes."""
         decorate = task(name="promotion", task_run_name="promotion", cache_policy=NO_CACHE, persist_result=False)
         return decorate(self._ask)(registration.digest)
 
-    def _run(self, name: str, upstream: dict[str, str]) -> State[Ref]:
+    def _run(self, name: str, upstream: dict[str, str]) -> Ref:
         refs = {other: self.references[other] for other in upstream}
         names = partial(resolve.resolve, self.params)
         ref = run_stage(STAGES[name], self.params, refs, self.store, self.screen.progress, names)
         self.references[name] = ref
         tracking.log_stage(self.run_id, name, ref.cached, ref.metrics)
         self.screen.stage(name, ref.cached, ref.seconds, ref.metrics)
-        return Completed(name="Cached" if ref.cached else "Completed", data=ref)
+        return ref
 
     def _ask(self, registration: str) -> promotion.Decision:
         dense, calibration = (self.store.materialise(self.references[name].digest) for name in ("dense", "calibration"))
         return gate.ask(self.params, dense, calibration, gate.registered_version(self.store.materialise(registration)))
-
-
-def _is_transient(_: Any, __: TaskRun, state: State[Any]) -> bool:
-    """Only a lost connection is worth another try; the same input fails the same way."""
-    return isinstance(state.result(raise_on_failure=False), (ConnectionError, TimeoutError))
