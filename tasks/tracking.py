@@ -135,7 +135,7 @@ def dead_runs() -> list[DeadRun]:
         return []
     return [
         DeadRun(run.info.run_id, run.data.tags.get(FLOW_RUN, ""), int(run.data.tags[liveness.PID]))
-        for run in _running()
+        for run in search("attributes.status = 'RUNNING'")
         if liveness.is_dead(run.data.tags)
     ]
 
@@ -148,12 +148,11 @@ def close_dead_runs() -> list[DeadRun]:
     return dead
 
 
-def _running() -> Iterator[Run]:
+def search(wanted: str) -> Iterator[Run]:
+    """Every run of the experiment that MLflow's filter finds, the newest first."""
     token = None
     while True:
-        page = mlflow_client.client().search_runs(
-            [mlflow_client.experiment()], "attributes.status = 'RUNNING'", page_token=token
-        )
+        page = mlflow_client.client().search_runs([mlflow_client.experiment()], wanted, page_token=token)
         yield from page
         if not (token := page.token):
             return
