@@ -93,6 +93,28 @@ def plan(params: ParamsFile = None, override: Overrides = None, output_json: Jso
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="The sweep's file.")],
+    override: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Run the points whose name matches, such as 'digits/*/0'.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Only write the tables again, from MLflow.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the tables.", show_default="sweeps/NAME")
+    ] = None,
+    output_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run models x methods x budgets x seeds; what is cached does not run again, what fails stops nothing else.
+
+    `regrow sweep sweep.yaml --only '*/weights=0.9/*'`
+    """
+    from flows import sweeping
+
+    work = sweeping.draw if table else sweeping.run
+    raise typer.Exit(work(file, override or [], only, output, _output(output_json, verbose)))
+
+
+@app.command()
 def report(
     params: ParamsFile = None,
     override: Overrides = None,

@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,13 @@ if TYPE_CHECKING:
 def run(file: Path | None, overrides: list[str], output: Output, is_demo: bool = False) -> int:
     """Run the road, or say that all of it is cached. Gives 1 when the gate rejects, 130 when interrupted."""
     wait_passively()
+    return interruptible(lambda: _run(file, overrides, output, is_demo))
+
+
+def interruptible(work: Callable[[], int]) -> int:
+    """The exit code of the work, 130 when it was interrupted."""
     try:
-        return _run(file, overrides, output, is_demo)
+        return work()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: what is finished is kept, and the same command goes on from there\n")
         return 128 + signal.SIGINT
@@ -38,6 +45,16 @@ def wait_passively() -> None:
     Not for `regrow latency`: it costs small batches a tenth, and a server keeps OpenMP's default.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """Flows in this context have a server. Import Prefect in it: it warns when its folder is missing."""
+    Path(os.environ.get("PREFECT_HOME") or state.prefect_home()).mkdir(parents=True, exist_ok=True)
+    from flows import private_server
+
+    with private_server.available():
+        yield
 
 
 def show_plan(file: Path, overrides: list[str], output_json: bool) -> int:
@@ -77,7 +94,7 @@ def _run(file: Path | None, overrides: list[str], output: Output, is_demo: bool)
     from tasks import rehearsal  # torch: seconds, which a misspelled key need not wait for
 
     rehearsal.glance(params)
-    _ensure_dense(params, screen)
+    ensure_dense(params, screen)
     planned = plan.plan(params, Store(), resolve.resolve(params))
     _header(params, screen)
     if all(stage.cached for stage in planned):
@@ -90,7 +107,8 @@ def _run(file: Path | None, overrides: list[str], output: Output, is_demo: bool)
     return 1 if decision.rejected else 0
 
 
-def _ensure_dense(params: Params, screen: Screen) -> None:
+def ensure_dense(params: Params, screen: Screen) -> None:
+    """Train and register the digits model where the params name it and the registry has none."""
     from tasks import bootstrap
 
     if bootstrap.is_needed(params):
@@ -119,12 +137,9 @@ def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> 
 
 
 def _computed(file: Path | None, overrides: list[str], output: Output, screen: Screen) -> Decision:
-    # Before Prefect is imported: it warns when its folder is missing.
-    Path(os.environ.get("PREFECT_HOME") or state.prefect_home()).mkdir(parents=True, exist_ok=True)
-    from flows import private_server
-    from flows.recompress import recompress
+    with prefect_server():
+        from flows.recompress import recompress
 
-    with private_server.available():
         outcome = recompress(None if file is None else str(file), overrides, output)
     for name, ref in outcome.references.items():
         screen.remember(name, ref.cached, ref.seconds, ref.metrics)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks.progress import ProgressFactory, detailed, fitting, quiet
+from tasks.progress import Bar, Progress, ProgressFactory, Within, detailed, fitting, quiet
 
 Output = Literal["auto", "plain", "json"]
 
@@ -18,7 +18,7 @@ class Screen:
 
     def __init__(self, output: Output = "auto") -> None:
         self.output = output
-        self.facts: dict[str, Any] = {"stages": {}}
+        self.facts: dict[str, Any] = {}
 
     @property
     def progress(self) -> ProgressFactory:
@@ -37,11 +37,12 @@ class Screen:
         """A finished stage: "pruning   cached", "healing   2 m 14 s   alignment 0.61 -> 0.94"."""
         self.remember(name, cached, seconds, metrics)
         took = "cached" if cached else duration(seconds)
-        self.say(f"{name:<13} {took:<9} {_remark(name, metrics)}".rstrip())
+        self.say(f"{name:<13} {took:<9} {remark(name, metrics)}".rstrip())
 
     def remember(self, name: str, cached: bool, seconds: float, metrics: Mapping[str, float]) -> None:
         """A finished stage, for `--json` only: the flow has its own screen, and has shown it."""
-        self.facts["stages"][name] = {"cached": cached, "seconds": seconds, "metrics": dict(metrics)}
+        stages = self.facts.setdefault("stages", {})
+        stages[name] = {"cached": cached, "seconds": seconds, "metrics": dict(metrics)}
 
     def note(self, **facts: Any) -> None:
         """Facts for `--json`."""
@@ -72,6 +73,46 @@ class Screen:
             sys.stdout.write(json.dumps(self.facts, indent=1, sort_keys=True, default=str) + "\n")
 
 
+class Series:
+    """Many alike, one after another: on a terminal one bar over all of them, else a line for each that is over."""
+
+    def __init__(self, screen: Screen, what: str, total: int) -> None:
+        self._screen, self._what, self._total, self._done, self._name = screen, what, total, 0, ""
+        is_terminal = screen.output == "auto" and sys.stderr.isatty()
+        self._bar = Bar("sweep") if is_terminal else None
+
+    @property
+    def progress(self) -> ProgressFactory:
+        """How a stage of one of them shows that it lives."""
+        bar = self._bar
+        if bar is None:
+            return self._screen.progress
+        return lambda stage, checkpoints: Progress(checkpoints, Within(bar, f"{self._name} {stage}"))
+
+    def begin(self, name: str) -> None:
+        """The next one."""
+        self._name = name
+        if self._bar is not None:
+            self._bar.show(self._what, self._done, self._total)
+            self._bar.aside(name)
+
+    def end(self, line: str, failed: bool = False) -> None:
+        """One is over. Beside a bar only what failed takes a line."""
+        self._done += 1
+        if self._bar is None:
+            width = len(str(self._total))
+            self._screen.say(f"{self._done:>{width}}/{self._total} {line}")
+            return
+        self._bar.show(self._what, self._done, self._total)
+        if failed:
+            self._bar.say(line)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.close()
+
+
 def duration(seconds: float) -> str:
     """2 m 14 s, or 3.1 s."""
     if seconds < 60:
@@ -80,11 +121,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} m {rest:02d} s"
 
 
-def _remark(name: str, metrics: Mapping[str, float]) -> str:
+def remark(name: str, metrics: Mapping[str, float]) -> str:
+    """What is worth saying of a finished stage."""
     if name == "healing" and "alignment_before" in metrics:
         return f"alignment {metrics['alignment_before']:.3f} -> {metrics['alignment_after']:.3f}"
     if name == "allocation":
         return f"keeps {metrics['got']:,.0f} of {metrics['total']:,.0f}, {metrics['asked']:,.0f} asked"
     if name == "evaluation" and "healed_top1" in metrics:
         return f"top-1 {100 * metrics['dense_top1']:.2f} -> {100 * metrics['healed_top1']:.2f} %"
+    if name == "evaluation" and "healed_agreement" in metrics:
+        return f"agreement with dense {100 * metrics['healed_agreement']:.2f} %"
     return ""

@@ -169,6 +169,11 @@ class Bar:
             self._tasks = {description: rich.add_task(f"{self.stage:<12} {description}", total=total)}
         rich.update(self._tasks[description], completed=done, total=total)
 
+    def aside(self, message: str) -> None:
+        """Say in the bar's own line what is under way."""
+        for description, task in self._tasks.items():
+            self._live().update(task, description=f"{self.stage:<12} {description}  {message}")
+
     def close(self) -> None:
         """Give the terminal back."""
         if self._rich is not None:
@@ -185,3 +190,24 @@ class Bar:
             self._rich = Progress(*columns, console=Console(stderr=True), transient=True)
             self._rich.start()
         return self._rich
+
+
+class Within:
+    """A stage in the line of a bar that counts something larger."""
+
+    def __init__(self, bar: Bar, stage: str) -> None:
+        self.bar, self.stage = bar, stage
+
+    def log(self, message: str) -> None:
+        """Nothing, as in the bar."""
+
+    def say(self, message: str) -> None:
+        """One line above the bar."""
+        self.bar.say(f"{self.stage}: {message}")
+
+    def show(self, description: str, done: int, total: int) -> None:
+        """The stage and its count, without a bar of its own."""
+        self.bar.aside(f"{self.stage} {description} {done}/{total}")
+
+    def close(self) -> None:
+        """The bar goes on."""

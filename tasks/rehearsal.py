@@ -37,10 +37,15 @@ if TYPE_CHECKING:
 
 def glance(params: Params) -> None:
     """Raise what needs no model to be seen: devices, names, sources of images. The rest is `rehearse`'s."""
+    _refuse_no_limit(params)
+    look(params)
+
+
+def look(params: Params) -> None:
+    """What `glance` raises, for a run that no promotion follows."""
     for section in (params.activations, params.healing, params.evaluation):
         models.device_of(section.device)
     _refuse_names(params)
-    _refuse_no_limit(params)
     resolve.resolve_images(params)
 
 

@@ -15,9 +15,15 @@ def home() -> Path:
 
 def refuse_unwritable() -> None:
     """Raise InputError when nothing can be written into the state folder, or where it would be made."""
-    there = next(place for place in (home(), *home().parents) if os.path.lexists(place))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    if there := blocked(home()):
         raise InputError(f"{there} cannot be written to; set REGROW_HOME to a folder for regrow's state that can")
+
+
+def blocked(folder: Path) -> Path | None:
+    """What keeps a folder from being written into or made, if anything does: itself, or what it would lie in."""
+    absolute = folder.absolute()
+    there = next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
+    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
 
 
 def store_url() -> str:

@@ -23,7 +23,7 @@ from heal.allocators import ALLOCATORS
 from heal.compat import timm
 from heal.healers import HEALERS
 from heal.pruners import PRUNERS
-from tasks import params
+from tasks import params, sweep_file
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -195,8 +195,9 @@ def test_every_committed_params_file_loads(path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b for page in PAGES for b in blocks(page, "yaml")], ids=lambda t: t.splitlines()[0])
 def test_params_in_the_documents_load(text: str, tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    params.load(tmp_path / "params.yaml", [])
+    name, load = ("sweep.yaml", sweep_file.load) if text.startswith("# sweep.yaml") else ("params.yaml", params.load)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    load(tmp_path / name, [])
 
 
 @pytest.mark.parametrize("words", cases("regrow"))
