@@ -86,23 +86,20 @@ class Points:
         """A point that is finished already: its run is there, or is written now."""
         self.shown.begin(point.name)
         refs = {name: Ref.of(record, cached=True) for name, record in found.items()}
-        known = self._recorded.get(point.name)
-        identity = sweep_runs.identity_of(self.sweep.name, point, self.planner.resolved(point))
-        is_there = known is not None and known.identity == identity and known.status == "finished"
-        if known is None or not is_there or known.artifacts != {name: ref.digest for name, ref in refs.items()}:
-            with self.attempt(point) as attempt:
-                for name, ref in refs.items():
-                    attempt.keep(name, ref)
-                attempt.finish()
-        else:
+        if self._is_recorded(point, refs):
             self.end(point, "cached", refs["evaluation"].metrics)
+            return
+        with self.attempt(point) as attempt:
+            for name, ref in refs.items():
+                attempt.keep(name, ref)
+            attempt.finish()
 
     @contextmanager
     def attempt(self, point: Point) -> Iterator[Attempt]:
         """A point with an MLflow run, which is not left open when the sweep is interrupted."""
-        identity = sweep_runs.identity_of(self.sweep.name, point, self.planner.resolved(point))
         self.shown.begin(point.name)
-        attempt = Attempt(self, point, sweep_runs.open_point(self.sweep.name, point, identity, self.run_id))
+        run_id = sweep_runs.open_point(self.sweep.name, point, self._identity(point), self.run_id)
+        attempt = Attempt(self, point, run_id)
         try:
             yield attempt
         finally:
@@ -119,6 +116,16 @@ class Points:
         """Count a point that has none."""
         self.ended[point.name], self.errors[point.name] = "failed", error
         self.shown.end(f"{point.name:<44} failed    {error.splitlines()[0]}", failed=True)
+
+    def _is_recorded(self, point: Point, refs: Mapping[str, Ref]) -> bool:
+        """Whether the point's last run has these very artifacts."""
+        known = self._recorded.get(point.name)
+        if known is None or known.status != "finished" or known.identity != self._identity(point):
+            return False
+        return known.artifacts == {name: ref.digest for name, ref in refs.items()}
+
+    def _identity(self, point: Point) -> str:
+        return sweep_runs.identity_of(self.sweep.name, point, self.planner.resolved(point))
 
 
 class Attempt:

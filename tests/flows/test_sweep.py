@@ -26,7 +26,10 @@ __all__ = ["regrow", "workplace"]  # fixtures
 SWEEP = """\
 name: tiny
 params: params.yaml
-set: {calibration.count: 16, pruning.method: magnitude, promotion: {max_drop_dense: null, min_agreement: null}}
+set:
+  calibration.count: 16
+  pruning.method: magnitude
+  promotion: {max_drop_dense: null, max_drop_champion: null, min_agreement: null}  # nothing is promoted
 models: {vit: {}}
 methods:
   uniform: {allocation.method: uniform, healing.methods: [none]}
@@ -291,14 +294,14 @@ MISTAKES = {
     "a misspelled param": (
         "methods:",
         "methods:\n  typo: {healing.starfihs.lr: 1}",
-        ("sweep.yaml:6", "starfihs", "starfish"),
+        ("sweep.yaml:9", "starfihs", "starfish"),
     ),
-    "a budget of fifty": ("{weights: 0.5}", "{weights: 50}", ("sweep.yaml:11", "50", "0.5")),
-    "a method on the wrong unit": ("{weights: 0.5}", "{neurons: 0.5}", ("sweep.yaml:6", "uniform", "neurons")),
+    "a budget of fifty": ("{weights: 0.5}", "{weights: 50}", ("sweep.yaml:14", "50", "0.5")),
+    "a method on the wrong unit": ("{weights: 0.5}", "{neurons: 0.5}", ("sweep.yaml:9", "uniform", "neurons")),
     "a model that is not there": ("vit: {}", "vit: {dense.source: 'bundle:lost'}", ("lost", "bundle.json")),
     "images that are not there": ("vit: {}", "vit: {calibration.source: 'imagefolder:nowhere'}", ("nowhere",)),
     "a device that is not there": ("vit: {}", "vit: {healing.device: 'cuda:7'}", ("cuda:7",)),
-    "an axis without entries": ("models: {vit: {}}", "models: {}", ("sweep.yaml:4", "models")),
+    "an axis without entries": ("models: {vit: {}}", "models: {}", ("sweep.yaml:7", "models")),
 }
 
 
