@@ -114,7 +114,7 @@ def allocated(
     if rule == "greedy":
         return pool.allocation(greedy(pool, loss), evidence)
     prior = pool.filled(by_shape(pool, ratio))
-    scores = {layer: score(layer, density) for layer, density in prior.items()}
+    scores = {layer: score(layer, density) if density < 1 else 0.0 for layer, density in prior.items()}
     return pool.allocation(modulated(pool, prior, scores, strength), evidence | {"scores": scores})
 
 

@@ -30,11 +30,12 @@ def least(pool: Pool) -> dict[str, float]:
 def modulated(pool: Pool, prior: Mapping[str, float], scores: Mapping[str, float], strength: float) -> dict[str, float]:
     """Densities kappa * prior * (score / geometric mean of the scores) ** strength, clipped to [least, 1].
 
-    The more of a layer's damage stays, the more weights it keeps.
+    The more of a layer's damage stays, the more weights it keeps. A layer without damage, such as one that the
+    prior keeps dense, has no score: it keeps its prior's share.
     """
-    positive = {layer: max(score, 1e-12) for layer, score in scores.items()}
-    centre = math.exp(math.fsum(math.log(score) for score in positive.values()) / len(positive))
-    shares = {layer: prior[layer] * (positive[layer] / centre) ** strength for layer in prior}
+    damaged = {layer: score for layer, score in scores.items() if score > 0}
+    centre = math.exp(math.fsum(math.log(score) for score in damaged.values()) / max(len(damaged), 1))
+    shares = {layer: share * (damaged.get(layer, centre) / centre) ** strength for layer, share in prior.items()}
     return pool.filled(shares, least(pool))
 
 

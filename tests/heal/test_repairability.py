@@ -237,9 +237,12 @@ def test_the_prior_modulated_rule_on_its_example() -> None:
     pool = _toy_pool(0.75)
     prior = dict(zip(pool.weights, (0.292328, 0.151786, 0.546429), strict=True))
     scores = dict(zip(pool.weights, (0.4, 0.8, 0.2), strict=True))
+    pool_first = next(iter(pool.weights))
     found = modulated(pool, prior, scores, 1.0)
     assert list(found.values()) == pytest.approx([0.246966, 0.256466, 0.230819], abs=1e-6)
     assert pool.allocation(found).got == 119
+    dense = modulated(pool, {**prior, pool_first: 1.0}, {**scores, pool_first: 0.0}, 1.0)
+    assert dense[pool_first] == max(dense.values()), "a layer that the prior keeps dense has no damage, and stays"
     plain = modulated(pool, prior, scores, 0.0)
     assert list(plain.values()) == pytest.approx(list(prior.values()), abs=1e-5), "strength 0 is the prior"
 
