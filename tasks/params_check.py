@@ -154,11 +154,11 @@ def _place(written: Written, dotted: str) -> str:
 
 
 def _not_a_key(dotted: str, written: Written) -> str:
-    return f"{_place(written, dotted)}: {dotted} is not a key{_nearest_key(dotted)}"
+    return f"{_place(written, dotted)}: {dotted} is not a key{_nearest_key(dotted, written)}"
 
 
-def _nearest_key(dotted: str) -> str:
-    """The nearest key: beside the wrong one, then of the same name elsewhere, then anywhere."""
+def _nearest_key(dotted: str, written: Written) -> str:
+    """The nearest key: beside the wrong one, then of the same name elsewhere, a named method's first, then anywhere."""
     known = list(_all_keys())
     parent, _, last = dotted.rpartition(".")
     # By their own names: a parent that all share would make any two look alike.
@@ -168,7 +168,16 @@ def _nearest_key(dotted: str) -> str:
         return f"; did you mean {beside[close[0]]}?"
     elsewhere = [key for key in known if key.rpartition(".")[2] == last]
     here = [key for key in elsewhere if key.startswith(f"{parent}.")]
+    here.sort(key=lambda key: key.split(".")[1] not in _named(parent, written))
     return next((f"; did you mean {key}?" for key in here + elsewhere), _hint(dotted, known))
+
+
+def _named(section: str, written: Written) -> list[str]:
+    """The methods that a section names, or would name by default."""
+    values, key = written.values.get(section), methods.METHOD_KEYS.get(section, "")
+    default = getattr(getattr(schema.Sections(), section, None), key, ())
+    named = values.get(key, default) if isinstance(values, dict) else default
+    return [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
 
 
 def _hint(wanted: str, known: Mapping[str, Any] | list[str]) -> str:
