@@ -1,27 +1,24 @@
-"""ResNet-20 and ResNet-56 on CIFAR-10: every allocation x every training-free repair, over sparsities.
+"""ResNet-20 and ResNet-56 on CIFAR-10: allocations x repairs, over sparsities; what the table lacks is measured.
 
-    python benchmarks/cifar.py --data ../shared/data                     # what the table lacks
-    python benchmarks/cifar.py --data ../shared/data --net resnet20 --sparsities 0.9 0.95 --seeds 0 1 2
+    python benchmarks/cifar.py --data ../shared/data                     # the coarse cross without training: hours
+    python benchmarks/cifar.py --data ../shared/data --part band         # 0.5 % steps through the transition
+    python benchmarks/cifar.py --data ../shared/data --part trained      # the healers that train
+    python benchmarks/cifar.py --data ../shared/data --net resnet20 --sparsities 0.9 --allocations erk
 
-The whole cross is run by the library in one process, because it is thousands of points; the points that decide
-are runs of the pipeline (presets/). A row names its images: the test images are the first N of the test set, and
-agreement is measured on held-out training images as well, which need no label. Writes cifar.csv and cifar.md
-beside this file.
+Several of these may run at once, one thread each: a row is written as soon as it is measured. The whole cross is run
+by the library in one process, because it is thousands of points; single points are runs of the pipeline (presets/).
+The test images are the first N of the test set; agreement is measured on held-out training images as well, which need
+no label. Writes cifar.csv; cifar_page.py makes the tables and figures of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import cifar_resnet  # noqa: E402
+from benchmarks.cross import Cross, Images, Repair, table_of, training_free  # noqa: E402
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.erk_capped import ErkCapped  # noqa: E402
 from heal.allocators.evolutionary import Evolutionary  # noqa: E402
@@ -40,35 +38,17 @@ from heal.allocators.relative_repairability import RelativeRepairability  # noqa
 from heal.allocators.sequence import Sequence  # noqa: E402
 from heal.allocators.uniform import Uniform  # noqa: E402
 from heal.allocators.uniform_plus import UniformPlus  # noqa: E402
-from heal.errors import BudgetError  # noqa: E402
-from heal.evaluation import agreement, predict, top1  # noqa: E402
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration  # noqa: E402
-from heal.healers.layerwise_variance import LayerwiseVariance  # noqa: E402
-from heal.healers.signal_resuscitation import SignalResuscitation  # noqa: E402
+from heal.healers.layerwise import Layerwise  # noqa: E402
+from heal.healers.starfish import Starfish  # noqa: E402
+from heal.healers.unipts import Unipts  # noqa: E402
 from heal.healers.variance_matching import VarianceMatching  # noqa: E402
-from heal.images import shuffled  # noqa: E402
-from heal.method import AllocationContext, Allocator, HealContext, Healer, Statistics, taps  # noqa: E402
-from heal.pruned import apply  # noqa: E402
-from heal.pruners.magnitude import Magnitude  # noqa: E402
-from heal.statistics import capture  # noqa: E402
-from heal.values import Allocation, Budget  # noqa: E402
+from heal.images import generator, shuffled  # noqa: E402
+from heal.method import Allocator  # noqa: E402
 
-COLUMNS = (
-    "net",
-    "sparsity",
-    "allocation",
-    "repair",
-    "seed",
-    "top1",
-    "agreement",
-    "held_out_agreement",
-    "test_images",
-    "calibration_images",
-    "seconds",
-)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENDS = ("stem", "classifier")
-CALIBRATION, HELD_OUT = 1024, 1000
+CALIBRATION, HELD_OUT = 1024, 500
 
 ALLOCATIONS: dict[str, Allocator] = {
     "uniform": Uniform(include=ENDS),
@@ -79,7 +59,7 @@ ALLOCATIONS: dict[str, Allocator] = {
     "global_magnitude": GlobalMagnitude(include=ENDS),
     "l2_normalised": L2Normalised(include=ENDS),
     "sequence": Sequence(include=ENDS),
-    "evolutionary 16x8": Evolutionary(include=ENDS, population=16, generations=8, images=CALIBRATION),
+    "evolutionary 16x8": Evolutionary(include=ENDS, population=16, generations=8, images=256),
     "raw_damage prior": RawDamage(include=ENDS),
     "raw_damage greedy": RawDamage(include=ENDS, rule="greedy"),
     **{
@@ -88,114 +68,39 @@ ALLOCATIONS: dict[str, Allocator] = {
         for rule in ("prior", "greedy")
     },
 }
-EMA = BatchnormRecalibration(mode="ema_reset", batches=20)
-REPAIRS: dict[str, tuple[Healer, ...]] = {
-    "none": (),
-    "bn cumulative": (BatchnormRecalibration(),),
-    "bn exact": (BatchnormRecalibration(mode="exact"),),
-    "bn ema_reset": (EMA,),
-    "variance_matching": (VarianceMatching(),),
-    "asr": (SignalResuscitation(),),
-    "lw + bn ema_reset": (LayerwiseVariance(), EMA),
-    "asr + bn ema_reset": (SignalResuscitation(), EMA),
+MATCH = VarianceMatching(images=256)
+REPAIRS: dict[str, Repair] = {
+    **training_free(batch_size=128, measured=256),
+    # The networks were trained on such crops: their statistics are not those of the images as they are.
+    "bn cumulative, crops": Repair((BatchnormRecalibration(),), "crops"),
+    "vm + starfish": Repair((MATCH, Starfish())),
+    "layerwise + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
+    "unipts 30": Repair((Unipts(epochs=30, augment=False),)),
 }
-COARSE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
-
-
-@dataclass(frozen=True)
-class Images:
-    """calibration [n, 3, 32, 32], held_out, test and its labels; all normalised."""
-
-    calibration: Tensor
-    held_out: Tensor
-    test: Tensor
-    labels: Tensor
+COARSE = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
+FREE = ["none", "bn cumulative", "bn exact", "bn ema_reset", "asr + bn ema_reset", "bn cumulative, crops", "variance_matching"]
+TRAINED = ["vm + starfish", "layerwise + vm", "unipts 30"]
+RIVALS = ["uniform", "erk", "lamp", "global_magnitude", "raw_damage prior", "raw_damage greedy", "rr prior", "rr greedy"]
 
 
 def main() -> None:
     """Run the points that the table lacks."""
     options = _options()
-    rows = _known()
-    done = {_point(row) for row in rows}
+    torch.set_num_threads(options.threads)
+    table = table_of(HERE / "cifar.csv", ALLOCATIONS, REPAIRS)
     for net in options.net:
-        dense = _dense(net, options.data)
         for seed in options.seeds:
             images = _images(options.data, seed, options.test_images)
-            bench = _Bench(net, dense, images, seed)
+            cross = Cross(net, _dense(net, options.data), images, seed, ALLOCATIONS, REPAIRS, batch_size=250)
             for sparsity in options.sparsities:
-                for name in options.allocations:
-                    for row in bench.rows(name, sparsity, options.repairs, done):
-                        rows.append(row)
-                        _write(rows)
-                        print(*(f"{key}={row[key]}" for key in COLUMNS[:8]), flush=True)
-
-
-class _Bench:
-    """One network with one draw of calibration images."""
-
-    def __init__(self, net: str, dense: nn.Module, images: Images, seed: int) -> None:
-        self.net, self.dense, self.images, self.seed = net, dense, images, seed
-        needing = [method for method in ALLOCATIONS.values() if method.needs]
-        self.statistics: Statistics = capture(dense, images.calibration[:256], taps(dense, needing))
-        self.answers = {"test": predict(dense, images.test, 250), "held_out": predict(dense, images.held_out, 250)}
-        self.student = _copy(net)
-
-    def rows(
-        self, name: str, sparsity: float, repairs: list[str], done: set[tuple[str, ...]]
-    ) -> Iterator[dict[str, Any]]:
-        """Every repair of one allocation that was not measured yet."""
-        wanted = [repair for repair in repairs if self._point(sparsity, name, repair) not in done]
-        allocation = self._allocated(name, sparsity) if wanted else None
-        if allocation is None:
-            return
-        mask = Magnitude().prune(self.dense, allocation, {})
-        for repair in wanted:
-            self.student.load_state_dict(self.dense.state_dict())
-            apply(self.student, mask)
-            began = time.perf_counter()
-            for healer in REPAIRS[repair]:
-                context = HealContext(pruned=mask, seed=self.seed)
-                healer.heal(self.student, self.dense, self.images.calibration, context)
-            yield self._measured(name, sparsity, repair, time.perf_counter() - began)
-
-    def _point(self, sparsity: float, name: str, repair: str) -> tuple[str, ...]:
-        return self.net, f"{sparsity:g}", name, repair, str(self.seed), str(len(self.images.test))
-
-    def _allocated(self, name: str, sparsity: float) -> Allocation | None:
-        context = AllocationContext(statistics=self.statistics, images=self.images.calibration, seed=self.seed)
-        try:
-            return ALLOCATIONS[name].allocate(self.dense, Budget(weights=sparsity), context)
-        except BudgetError as error:
-            print(f"{self.net} {name} {sparsity:g}: {error}", flush=True)
-            return None
-
-    def _measured(self, name: str, sparsity: float, repair: str, seconds: float) -> dict[str, Any]:
-        logits = predict(self.student, self.images.test, 250)
-        held_out = predict(self.student, self.images.held_out, 250)
-        return {
-            "net": self.net,
-            "sparsity": f"{sparsity:g}",
-            "allocation": name,
-            "repair": repair,
-            "seed": self.seed,
-            "top1": round(100 * top1(logits, self.images.labels), 2),
-            "agreement": round(100 * agreement(logits, self.answers["test"]), 2),
-            "held_out_agreement": round(100 * agreement(held_out, self.answers["held_out"]), 2),
-            "test_images": len(logits),
-            "calibration_images": len(self.images.calibration),
-            "seconds": round(seconds, 2),
-        }
+                for allocation in options.allocations:
+                    cross.run(table, sparsity, allocation, options.repairs)
 
 
 def _dense(net: str, data: Path) -> nn.Module:
-    model = _copy(net)
+    model: nn.Module = getattr(cifar_resnet, net)()
     state = load_file(data / "weights" / f"{net}_cifar10.safetensors")
     model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-    return model
-
-
-def _copy(net: str) -> nn.Module:
-    model: nn.Module = getattr(cifar_resnet, net)()
     return model.eval()
 
 
@@ -206,72 +111,28 @@ def _images(data: Path, seed: int, test_images: int) -> Images:
     train, _ = load("train")
     test, labels = load("test")
     drawn = shuffled(len(train), seed, "calibration")
-    chosen = torch.from_numpy(train)[drawn[: CALIBRATION + HELD_OUT]]
+    chosen = torch.from_numpy(train)[drawn[: CALIBRATION + HELD_OUT]].permute(0, 3, 1, 2)
+    calibration = chosen[:CALIBRATION]
     return Images(
-        calibration=_normalised(chosen[:CALIBRATION]),
+        views={"plain": _normalised(calibration), "crops": _normalised(_crops(calibration, seed))},
         held_out=_normalised(chosen[CALIBRATION:]),
-        test=_normalised(torch.from_numpy(test[:test_images])),
+        test=_normalised(torch.from_numpy(test[:test_images]).permute(0, 3, 1, 2)),
         labels=torch.from_numpy(labels[:test_images]).long(),
     )
 
 
+def _crops(images: Tensor, seed: int) -> Tensor:
+    """Images as the networks were trained: framed by 4 black pixels, cut to 32x32 anywhere, half of them mirrored."""
+    drawn = generator(seed, "crops")
+    corners = torch.randint(9, (len(images), 2), generator=drawn).tolist()
+    mirrored = (torch.rand(len(images), generator=drawn) < 0.5).tolist()
+    cut = [x[:, top : top + 32, left : left + 32] for x, (top, left) in zip(F.pad(images, (4, 4, 4, 4)), corners, strict=True)]
+    return torch.stack([x.flip(-1) if flip else x for x, flip in zip(cut, mirrored, strict=True)])
+
+
 def _normalised(pixels: Tensor) -> Tensor:
-    images = pixels.permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
-
-
-def _point(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[key]) for key in ("net", "sparsity", "allocation", "repair", "seed", "test_images"))
-
-
-def _known() -> list[dict[str, Any]]:
-    path = HERE / "cifar.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(rows: list[dict[str, Any]]) -> None:
-    rows.sort(
-        key=lambda row: (
-            row["net"],
-            float(row["sparsity"]),
-            row["allocation"],
-            row["repair"],
-            int(row["seed"]),
-            int(row["test_images"]),
-        )
-    )
-    with (HERE / "cifar.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    (HERE / "cifar.md").write_text(_markdown(rows))
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    """Top-1 in per cent: a table for every network and sparsity, a line an allocation, a column a repair."""
-    tables: dict[tuple[str, ...], dict[tuple[str, str], list[float]]] = {}
-    for row in rows:
-        table = tables.setdefault((row["net"], row["sparsity"], str(row["test_images"])), {})
-        table.setdefault((row["allocation"], row["repair"]), []).append(float(row["top1"]))
-    lines = ["Top-1 in per cent; of several seeds the mean and, in brackets, the standard deviation."]
-    for (net, sparsity, count), cells in tables.items():
-        repairs = [name for name in REPAIRS if any(repair == name for _, repair in cells)]
-        lines += ["", f"### {net}, {100 * float(sparsity):g} % masked, {count} test images", ""]
-        lines += ["| allocation | " + " | ".join(repairs) + " |", "|---" * (len(repairs) + 1) + "|"]
-        for name in (name for name in ALLOCATIONS if any(allocation == name for allocation, _ in cells)):
-            lines.append(
-                f"| {name} | " + " | ".join(_shown(cells.get((name, repair), [])) for repair in repairs) + " |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _shown(values: list[float]) -> str:
-    if len(values) < 2:
-        return "".join(f"{value:.1f}" for value in values)
-    return f"{statistics.mean(values):.1f} ({statistics.stdev(values):.1f})"
+    images = (pixels.float() / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    return images.contiguous()
 
 
 def _options() -> argparse.Namespace:
@@ -280,9 +141,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--net", nargs="*", default=["resnet20", "resnet56"], choices=["resnet20", "resnet56"])
     parser.add_argument("--sparsities", nargs="*", type=float, default=list(COARSE))
     parser.add_argument("--allocations", nargs="*", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
-    parser.add_argument("--repairs", nargs="*", default=list(REPAIRS), choices=list(REPAIRS))
+    parser.add_argument("--repairs", nargs="*", default=FREE, choices=list(REPAIRS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--test-images", type=int, default=10000, help="the first so many of the test set")
+    parser.add_argument("--test-images", type=int, default=2000, help="the first so many of the test set")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     options.data = options.data.resolve()
     return options

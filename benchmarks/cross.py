@@ -1,0 +1,177 @@
+"""Allocations x repairs on one network: what every benchmark of masks measures, by the library, in one process."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.table import Row, Table
+from heal.errors import BudgetError
+from heal.evaluation import agreement, predict, top1
+from heal.healers.batchnorm_recalibration import BatchnormRecalibration
+from heal.healers.layerwise_variance import LayerwiseVariance
+from heal.healers.signal_resuscitation import SignalResuscitation
+from heal.healers.variance_matching import VarianceMatching
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Statistics, after, taps
+from heal.pruned import apply
+from heal.pruners.magnitude import Magnitude
+from heal.statistics import capture
+from heal.values import Allocation, Budget, Mask
+
+COLUMNS = (
+    "net",
+    "sparsity",
+    "allocation",
+    "repair",
+    "seed",
+    "top1",
+    "agreement",
+    "held_out_agreement",
+    "test_images",
+    "calibration_images",
+    "seconds",
+)
+POINT = ("net", "sparsity", "allocation", "repair", "seed", "test_images")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Healers in order. views: which of the calibration images they see ("plain", or the benchmark's own)."""
+
+    healers: tuple[Healer, ...] = ()
+    views: str = "plain"
+
+
+def training_free(batch_size: int, measured: int) -> dict[str, Repair]:
+    """The repairs that train nothing. measured: images of variance matching."""
+    ema = BatchnormRecalibration(mode="ema_reset", batch_size=batch_size, batches=20)
+    return {
+        "none": Repair(),
+        "bn cumulative": Repair((BatchnormRecalibration(batch_size=batch_size),)),
+        "bn exact": Repair((BatchnormRecalibration(mode="exact", batch_size=batch_size),)),
+        "bn ema_reset": Repair((ema,)),
+        "lw + bn ema_reset": Repair((LayerwiseVariance(), ema)),
+        "asr + bn ema_reset": Repair((SignalResuscitation(), ema)),
+        "asr": Repair((SignalResuscitation(),)),
+        "variance_matching": Repair((VarianceMatching(images=measured),)),
+    }
+
+
+@dataclass(frozen=True)
+class Images:
+    """views: the calibration images [n, 3, h, w], by view. held_out: others without labels, or none. test: its labels."""
+
+    views: Mapping[str, Tensor]
+    test: Tensor
+    labels: Tensor
+    held_out: Tensor | None = None
+
+
+class Cross:
+    """One network with one draw of calibration images. damage_images: how many measure the layers' damage."""
+
+    def __init__(
+        self,
+        net: str,
+        dense: nn.Module,
+        images: Images,
+        seed: int,
+        allocations: Mapping[str, Allocator],
+        repairs: Mapping[str, Repair],
+        batch_size: int,
+        damage_images: int = 256,
+    ) -> None:
+        self.net, self.images, self.seed, self.batch_size = net, images, seed, batch_size
+        self.allocations, self.repairs, self.damage_images = allocations, repairs, damage_images
+        self.dense = dense.eval().to(memory_format=torch.channels_last)
+        self.student = copy.deepcopy(self.dense)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What the allocations need, in one pass."""
+        wanted = taps(self.dense, list(self.allocations.values()))
+        return capture(self.dense, self.images.views["plain"][: self.damage_images], wanted)
+
+    @cached_property
+    def answers(self) -> dict[str, Tensor]:
+        """The dense network's logits."""
+        return self._answers(self.dense)
+
+    def run(self, table: Table, sparsity: float, allocation: str, repairs: list[str]) -> None:
+        """Measure what the table lacks of one allocation, and say so."""
+        known = table.known()
+        for row in self.rows(sparsity, allocation, [r for r in repairs if self._point(sparsity, allocation, r) not in known]):
+            table.add([row])
+            print(*(f"{key}={row[key]}" for key in (*COLUMNS[:8], "seconds")), flush=True)
+
+    def rows(self, sparsity: float, name: str, repairs: list[str]) -> Iterator[Row]:
+        """A row for every repair of one allocation."""
+        allocation = self._allocated(name, sparsity) if repairs else None
+        if allocation is None:
+            return
+        mask = Magnitude().prune(self.dense, allocation, {})
+        for repair in repairs:
+            began = time.perf_counter()
+            self._repair(self.repairs[repair], mask)
+            yield self._measured(name, sparsity, repair, time.perf_counter() - began)
+
+    def _repair(self, repair: Repair, mask: Mask) -> None:
+        self.student.load_state_dict(self.dense.state_dict())
+        apply(self.student, mask)
+        context = HealContext(pruned=mask, seed=self.seed)
+        for healer in repair.healers:
+            report = healer.heal(self.student, self.dense, self.images.views[repair.views], context)
+            context = after(context, report)
+
+    def _point(self, sparsity: float, allocation: str, repair: str) -> tuple[str, ...]:
+        return self.net, f"{sparsity:g}", allocation, repair, str(self.seed), str(len(self.images.test))
+
+    def _allocated(self, name: str, sparsity: float) -> Allocation | None:
+        images = self.images.views["plain"]
+        statistics = self.statistics if self.allocations[name].needs else {}
+        context = AllocationContext(statistics=statistics, images=images, seed=self.seed)
+        try:
+            return self.allocations[name].allocate(self.dense, Budget(weights=sparsity), context)
+        except BudgetError as error:
+            print(f"{self.net} {name} {sparsity:g}: {error}", flush=True)
+            return None
+
+    def _measured(self, name: str, sparsity: float, repair: str, seconds: float) -> dict[str, Any]:
+        found = self._answers(self.student)
+        agreements = {subset: 100 * agreement(logits, self.answers[subset]) for subset, logits in found.items()}
+        return {
+            "net": self.net,
+            "sparsity": f"{sparsity:g}",
+            "allocation": name,
+            "repair": repair,
+            "seed": self.seed,
+            "top1": round(100 * top1(found["test"], self.images.labels), 2),
+            "agreement": round(agreements["test"], 2),
+            "held_out_agreement": round(agreements["held_out"], 2) if "held_out" in agreements else "",
+            "test_images": len(self.images.test),
+            "calibration_images": len(self.images.views["plain"]),
+            "seconds": round(seconds, 2),
+        }
+
+    def _answers(self, model: nn.Module) -> dict[str, Tensor]:
+        asked = {"test": self.images.test, "held_out": self.images.held_out}
+        return {name: predict(model, images, self.batch_size) for name, images in asked.items() if images is not None}
+
+
+def table_of(path: Path, allocations: Mapping[str, Allocator], repairs: Mapping[str, Repair]) -> Table:
+    """The table of a cross, in the order of the dictionaries."""
+    order = {name: at for at, name in enumerate([*allocations, *repairs])}
+
+    def rank(row: Row) -> tuple[Any, ...]:
+        names = (order.get(row["allocation"], 99), order.get(row["repair"], 99))
+        return row["net"], float(row["sparsity"]), *names, int(row["seed"]), int(row["test_images"])
+
+    return Table(path, COLUMNS, POINT, rank)
