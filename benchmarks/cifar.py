@@ -78,9 +78,26 @@ REPAIRS: dict[str, Repair] = {
     "unipts 30": Repair((Unipts(epochs=30, augment=False),)),
 }
 COARSE = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
-FREE = ["none", "bn cumulative", "bn exact", "bn ema_reset", "asr + bn ema_reset", "bn cumulative, crops", "variance_matching"]
+FREE = [
+    "none",
+    "bn cumulative",
+    "bn exact",
+    "bn ema_reset",
+    "asr + bn ema_reset",
+    "bn cumulative, crops",
+    "variance_matching",
+]
 TRAINED = ["vm + starfish", "layerwise + vm", "unipts 30"]
-RIVALS = ["uniform", "erk", "lamp", "global_magnitude", "raw_damage prior", "raw_damage greedy", "rr prior", "rr greedy"]
+RIVALS = [
+    "uniform",
+    "erk",
+    "lamp",
+    "global_magnitude",
+    "raw_damage prior",
+    "raw_damage greedy",
+    "rr prior",
+    "rr greedy",
+]
 
 
 def main() -> None:
@@ -126,7 +143,10 @@ def _crops(images: Tensor, seed: int) -> Tensor:
     drawn = generator(seed, "crops")
     corners = torch.randint(9, (len(images), 2), generator=drawn).tolist()
     mirrored = (torch.rand(len(images), generator=drawn) < 0.5).tolist()
-    cut = [x[:, top : top + 32, left : left + 32] for x, (top, left) in zip(F.pad(images, (4, 4, 4, 4)), corners, strict=True)]
+    cut = [
+        x[:, top : top + 32, left : left + 32]
+        for x, (top, left) in zip(F.pad(images, (4, 4, 4, 4)), corners, strict=True)
+    ]
     return torch.stack([x.flip(-1) if flip else x for x, flip in zip(cut, mirrored, strict=True)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,15 @@ def training_free(batch_size: int, measured: int) -> dict[str, Repair]:
 
 @dataclass(frozen=True)
 class Images:
-    """views: the calibration images [n, 3, h, w], by view. held_out: others without labels, or none. test: its labels."""
+    """views: the calibration images [n, 3, h, w], by view. test, labels [n]: what top-1 is measured on.
+
+    subsets: of the test images, each [n] of bool, reported apart. held_out: images without labels, or none.
+    """
 
     views: Mapping[str, Tensor]
     test: Tensor
     labels: Tensor
+    subsets: Mapping[str, Tensor] = field(default_factory=dict)
     held_out: Tensor | None = None
 
 
@@ -108,7 +112,9 @@ class Cross:
     def run(self, table: Table, sparsity: float, allocation: str, repairs: list[str]) -> None:
         """Measure what the table lacks of one allocation, and say so."""
         known = table.known()
-        for row in self.rows(sparsity, allocation, [r for r in repairs if self._point(sparsity, allocation, r) not in known]):
+        for row in self.rows(
+            sparsity, allocation, [r for r in repairs if self._point(sparsity, allocation, r) not in known]
+        ):
             table.add([row])
             print(*(f"{key}={row[key]}" for key in (*COLUMNS[:8], "seconds")), flush=True)
 
@@ -159,6 +165,10 @@ class Cross:
             "test_images": len(self.images.test),
             "calibration_images": len(self.images.views["plain"]),
             "seconds": round(seconds, 2),
+            **{
+                name: round(100 * top1(found["test"][chosen], self.images.labels[chosen]), 2)
+                for name, chosen in self.images.subsets.items()
+            },
         }
 
     def _answers(self, model: nn.Module) -> dict[str, Tensor]:
@@ -166,12 +176,14 @@ class Cross:
         return {name: predict(model, images, self.batch_size) for name, images in asked.items() if images is not None}
 
 
-def table_of(path: Path, allocations: Mapping[str, Allocator], repairs: Mapping[str, Repair]) -> Table:
-    """The table of a cross, in the order of the dictionaries."""
+def table_of(
+    path: Path, allocations: Mapping[str, Allocator], repairs: Mapping[str, Repair], subsets: tuple[str, ...] = ()
+) -> Table:
+    """The table of a cross, in the order of the dictionaries; a column for the top-1 of every subset."""
     order = {name: at for at, name in enumerate([*allocations, *repairs])}
 
     def rank(row: Row) -> tuple[Any, ...]:
         names = (order.get(row["allocation"], 99), order.get(row["repair"], 99))
         return row["net"], float(row["sparsity"]), *names, int(row["seed"]), int(row["test_images"])
 
-    return Table(path, COLUMNS, POINT, rank)
+    return Table(path, COLUMNS + subsets, POINT, rank)

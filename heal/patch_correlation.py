@@ -29,8 +29,8 @@ def is_correlated(layer: nn.Module) -> bool:
 class Correlation:
     """Sums of z = x - shift, the shift near the mean of each channel; float32 within a batch, float64 beyond.
 
-    inner [c, c / groups, 3, 5]: z(q) z(q + step) for steps 0..2 down, -2..2 right. rims: the same along the
-    first and last row and column. corners: z z of the four corner pixels. map [c, h, w]: z itself.
+    inner [c, c / groups, 3, 5]: z(q) z(q + step) for steps 0..2 down, -2..2 right. rows, columns [2, c, c / groups, 5]:
+    the same along the first and the last of them. corners [4, c, c / groups]: z z of these pixels. map [c, h, w]: z.
     """
 
     def __init__(self, layer: nn.Module, x: Tensor) -> None:
@@ -42,22 +42,20 @@ class Correlation:
         self.images = 0
         within = channels // self.groups
         self.inner = x.new_zeros(channels, within, 3, 5, dtype=torch.float64)
-        self.rims = {rim: x.new_zeros(channels, within, 5, dtype=torch.float64) for rim in _RIMS}
-        self.corners = {corner: x.new_zeros(channels, within, dtype=torch.float64) for corner in _CORNERS}
+        self.rows, self.columns = (x.new_zeros(2, channels, within, 5, dtype=torch.float64) for _ in range(2))
+        self.corners = x.new_zeros(4, channels, within, dtype=torch.float64)
         self.map = x.new_zeros(channels, height, width, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """Inputs [n, c, h, w], float32."""
         z = x - self.shift
         shape = (*self.inner.shape[:2], 3, 5)
-        self.inner += conv2d_weight(F.pad(z, (2, 2, 0, 2)), shape, z, groups=self.groups).double()  # type: ignore[no-untyped-call]
-        for rim, cut in _RIMS.items():
-            self.rims[rim] += _along(z[cut], self.groups).double()
-        for corner, (row, column) in _CORNERS.items():
-            pixel = z[:, :, row, column]
-            grouped = pixel.reshape(len(z), self.groups, -1).double()
-            self.corners[corner] += torch.einsum("ngi,ngj->gij", grouped, grouped).flatten(0, 1)
-        self.map += z.sum(0, dtype=torch.float64)
+        self.inner += conv2d_weight(F.pad(z, (2, 2, 0, 2)), shape, z, groups=self.groups)  # type: ignore[no-untyped-call]
+        rows, columns = torch.stack((z[:, :, 0], z[:, :, -1])), torch.stack((z[..., 0], z[..., -1]))
+        self.rows += _along(rows, self.groups)
+        self.columns += _along(columns, self.groups)
+        self.corners += _products(rows[..., [0, -1]].permute(0, 3, 2, 1).flatten(0, 1), self.groups)
+        self.map += z.sum(0)
         self.images += len(x)
 
     def moments(self) -> LayerStats:
@@ -87,14 +85,14 @@ class Correlation:
             return other.mT.flatten(0, 1)
         found = self.inner[:, :, down, right + 2].clone()
         # Where p itself would lie outside: both pixels in the same first or last line, a and b beyond it.
-        row = {1: "top", -1: "bottom"}.get(a[0]) if a[0] == b[0] else None
-        column = {1: "left", -1: "right"}.get(a[1]) if a[1] == b[1] else None
-        if row:
-            found -= self.rims[row][:, :, right + 2]
-        if column:
-            found -= self.rims[column][:, :, down + 2]
-        if row and column:
-            found += self.corners[row, column]
+        row = _BEYOND.get(a[0]) if a[0] == b[0] else None
+        column = _BEYOND.get(a[1]) if a[1] == b[1] else None
+        if row is not None:
+            found -= self.rows[row, :, :, right + 2]
+        if column is not None:
+            found -= self.columns[column, :, :, down + 2]
+        if row is not None and column is not None:
+            found += self.corners[2 * row + column]
         return found
 
     def _summed(self, a: tuple[int, int], b: tuple[int, int]) -> Tensor:
@@ -109,23 +107,27 @@ class Correlation:
         return max(rows[1] - rows[0], 0) * max(columns[1] - columns[0], 0) * self.images
 
 
-_RIMS: dict[str, tuple[slice | int, ...]] = {
-    "top": (slice(None), slice(None), 0),
-    "bottom": (slice(None), slice(None), -1),
-    "left": (slice(None), slice(None), slice(None), 0),
-    "right": (slice(None), slice(None), slice(None), -1),
-}
-_CORNERS = {
-    (row, column): (y, x) for row, y in (("top", 0), ("bottom", -1)) for column, x in (("left", 0), ("right", -1))
-}
+_BEYOND = {1: 0, -1: 1}
+"""The line, first or last, along which a pixel one step down (or right) of a position has the position outside."""
 
 
-def _along(line: Tensor, groups: int) -> Tensor:
-    """Sum of line(q) line(q + step) [c, c / groups, 5] for steps -2..2; line is [n, c, pixels]."""
-    steps = F.pad(line, (2, 2)).unfold(-1, line.shape[-1], 1)  # [n, c, 5, pixels]
-    first = line.reshape(len(line), groups, -1, line.shape[-1])
-    second = steps.reshape(len(line), groups, -1, 5, line.shape[-1])
-    return torch.einsum("ngip,ngjsp->gijs", first, second).flatten(0, 1)
+def _along(lines: Tensor, groups: int) -> Tensor:
+    """Sums of line(q) line(q + step) [2, c, c / groups, 5] for steps -2..2; lines are [2, n, c, pixels]."""
+    many, images, channels, pixels = lines.shape
+    steps = F.pad(lines, (2, 2)).unfold(-1, pixels, 1)  # [2, n, c, 5, pixels]
+    first = (
+        lines.view(many, images, groups, -1, pixels).permute(0, 2, 3, 1, 4).reshape(many * groups, -1, images * pixels)
+    )
+    second = steps.view(many, images, groups, -1, 5, pixels).permute(0, 2, 3, 4, 1, 5)
+    found = torch.bmm(first, second.reshape(many * groups, -1, images * pixels).mT)
+    return found.view(many, channels, -1, 5)
+
+
+def _products(pixels: Tensor, groups: int) -> Tensor:
+    """Sums over images of x x [4, c, c / groups] of pixels [4, c, n]."""
+    many, channels, images = pixels.shape
+    grouped = pixels.reshape(many * groups, -1, images)
+    return torch.bmm(grouped, grouped.mT).view(many, channels, -1)
 
 
 def finished(count: int, mean: Tensor, comoment: Tensor) -> LayerStats:

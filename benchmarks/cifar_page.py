@@ -1,0 +1,161 @@
+"""The tables and figures of cifar.csv: every cross, the recoverability transition, the allocations in its band.
+
+    python benchmarks/cifar_page.py
+
+Writes cifar.md and figures/cifar_*.svg; measures nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.cifar import ALLOCATIONS, REPAIRS, table_of  # noqa: E402
+from benchmarks.pages import Cells, curves, lines_of, mean_and_spread, means  # noqa: E402
+from benchmarks.table import Row  # noqa: E402
+from heal.errors import InputError  # noqa: E402
+from heal.transition import Transition, locate  # noqa: E402
+
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.hashsalt": "regrow", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
+
+CLASSES = 10
+BAND_IMAGES = "5000"
+BAND_REPAIR = "variance_matching"
+DENSE = {"resnet20": 91.74, "resnet56": 93.41}
+
+
+def main() -> None:
+    """Write the page and its figures."""
+    rows = table_of(HERE / "cifar.csv", ALLOCATIONS, REPAIRS).rows()
+    band = [row for row in rows if row["test_images"] == BAND_IMAGES and row["repair"] == BAND_REPAIR]
+    page = [*_transitions(rows), *_band(band), *_crosses(rows)]
+    (HERE / "cifar.md").write_text("\n".join(page) + "\n")
+    (HERE / "figures").mkdir(exist_ok=True)
+    curves(
+        _by_repair(rows),
+        HERE / "figures" / "cifar_repairs.svg",
+        "Top-1, % (higher is better)",
+        "resnet20, 2 000 test images, ERK",
+    )
+    curves(
+        _against_erk(band), HERE / "figures" / "cifar_band.svg", "Top-1 minus ERK's, points", f"resnet20, {BAND_REPAIR}"
+    )
+
+
+def _transitions(rows: list[Row]) -> list[str]:
+    """Where each repair stops bringing the network back, by agreement on held-out images, without labels."""
+    page = [
+        "## The recoverability transition, without labels",
+        "",
+        "From agreement with the dense network on 500 held-out training images, ERK; a logistic in logit(sparsity).",
+        "The band is where the fit falls from 0.8 to 0.2 of the way between full agreement and chance.",
+        "",
+        "| network | repair | points | centre, % | band, % | residual |",
+        "|---|---|---|---|---|---|",
+    ]
+    for net in sorted({row["net"] for row in rows}):
+        for repair in REPAIRS:
+            found = _transition(
+                row for row in rows if (row["net"], row["repair"], row["allocation"]) == (net, repair, "erk")
+            )
+            if found:
+                count, fit = found
+                band = " to ".join(f"{100 * edge:.1f}" for edge in fit.band)
+                page.append(f"| {net} | {repair} | {count} | {100 * fit.centre:.1f} | {band} | {fit.residual:.3f} |")
+    return page
+
+
+def _transition(rows: Iterable[Row]) -> tuple[int, Transition] | None:
+    points = sorted(
+        {(float(row["sparsity"]), float(row["held_out_agreement"]) / 100) for row in rows if row["seed"] == "0"}
+    )
+    by_sparsity = dict(points)
+    try:
+        return len(by_sparsity), locate(list(by_sparsity), list(by_sparsity.values()), CLASSES)
+    except InputError:
+        return None  # too few points, or all on one side
+
+
+def _band(rows: list[Row]) -> list[str]:
+    """Means over the band's parts of the difference to ERK, seed by seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    top1 = {(row["seed"], row["sparsity"], row["allocation"]): float(row["top1"]) for row in rows}
+    parts = {
+        "80 to 84": (0.80, 0.84),
+        "84.5 to 89": (0.845, 0.89),
+        "89.5 to 94": (0.895, 0.94),
+        "80 to 94": (0.80, 0.94),
+    }
+    page = [
+        "",
+        f"## resnet20 in the band, steps of 0.5 %, after {BAND_REPAIR}, {BAND_IMAGES} test images",
+        "",
+        "Top-1 minus that of ERK at the same sparsity, seed and images, in points; the mean over the steps, of the",
+        "seeds the mean and, in brackets, lowest to highest. Seeds draw the calibration images.",
+        "",
+        "| allocation | " + " | ".join(f"{name} %" for name in parts) + " |",
+        "|---" * (len(parts) + 1) + "|",
+    ]
+    for name in (name for name in ALLOCATIONS if any(key[2] == name for key in top1)):
+        cells = []
+        for low, high in parts.values():
+            by_seed = [_gain(top1, seed, name, low, high) for seed in seeds]
+            cells.append(mean_and_spread([gain for gain in by_seed if gain is not None]))
+        page.append(f"| {name} | " + " | ".join(cells) + " |")
+    return page
+
+
+def _gain(top1: dict[tuple[str, str, str], float], seed: str, name: str, low: float, high: float) -> float | None:
+    gains = [
+        value - top1[seed, sparsity, "erk"]
+        for (of, sparsity, allocation), value in top1.items()
+        if (of, allocation) == (seed, name) and low <= float(sparsity) <= high and (seed, sparsity, "erk") in top1
+    ]
+    return statistics.mean(gains) if gains else None
+
+
+def _crosses(rows: list[Row]) -> list[str]:
+    """A table for every network and sparsity."""
+    page = [
+        "",
+        "## Every cross",
+        "",
+        "Top-1 in per cent; of several seeds the mean and, in brackets, lowest to highest.",
+    ]
+    groups: dict[tuple[str, str, str], Cells] = {}
+    for row in rows:
+        if row["test_images"] != BAND_IMAGES or row["repair"] != BAND_REPAIR:
+            cells = groups.setdefault((row["net"], row["sparsity"], row["test_images"]), {})
+            cells.setdefault((row["allocation"], row["repair"]), []).append(float(row["top1"]))
+    for (net, sparsity, count), cells in groups.items():
+        page += ["", f"### {net}, {100 * float(sparsity):g} % masked, {count} test images", ""]
+        page += lines_of(cells, list(ALLOCATIONS), list(REPAIRS))
+    return page
+
+
+def _by_repair(rows: list[Row]) -> dict[str, dict[float, list[float]]]:
+    """Top-1 over sparsity, a curve a repair, at ERK's densities."""
+    chosen = (row for row in rows if (row["net"], row["allocation"], row["test_images"]) == ("resnet20", "erk", "2000"))
+    return means(chosen, lambda row: row["repair"], lambda row: float(row["top1"]))
+
+
+def _against_erk(rows: list[Row]) -> dict[str, dict[float, list[float]]]:
+    erk = {(row["seed"], row["sparsity"]): float(row["top1"]) for row in rows if row["allocation"] == "erk"}
+    others = [
+        row for row in rows if row["allocation"] not in ("erk", "uniform") and (row["seed"], row["sparsity"]) in erk
+    ]
+    return means(
+        others, lambda row: row["allocation"], lambda row: float(row["top1"]) - erk[row["seed"], row["sparsity"]]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""EfficientNet-Lite0 and MobileNetV2 on ImageNet: allocations x repairs at 50 to 80 %; measures what the table lacks.
+
+    python benchmarks/mobile.py --data ../shared/data                    # the repairs that train nothing: hours
+    python benchmarks/mobile.py --data ../shared/data --net mobilenetv2_100 --sparsities 0.6 --repairs "vm + starfish"
+
+1 000 unlabeled calibration images; 1 397 test images of three sources, reported apart. The pool is all convolutions
+and the classifier but the depthwise ones; "+ depthwise" takes those in. Writes mobile.csv; mobile_page.py makes the
+tables of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.cross import Cross, Images, Repair, table_of, training_free  # noqa: E402
+from heal.allocators.erk import Erk  # noqa: E402
+from heal.allocators.lamp import Lamp  # noqa: E402
+from heal.allocators.relative_repairability import RelativeRepairability  # noqa: E402
+from heal.allocators.uniform import Uniform  # noqa: E402
+from heal.compat import timm  # noqa: E402
+from heal.healers.layerwise import Layerwise  # noqa: E402
+from heal.healers.starfish import Starfish  # noqa: E402
+from heal.healers.unipts import Unipts  # noqa: E402
+from heal.healers.variance_matching import VarianceMatching  # noqa: E402
+from heal.method import Allocator  # noqa: E402
+
+NETS = ("tf_efficientnet_lite0", "mobilenetv2_100")
+SUBSETS = ("val1000", "val100", "nips17")
+SHORT, SIZE = 256, 224
+
+
+def _allocations(suffix: str, include: tuple[str, ...]) -> dict[str, Allocator]:
+    return {
+        f"uniform{suffix}": Uniform(include=include),
+        f"erk{suffix}": Erk(include=include),
+        f"lamp{suffix}": Lamp(include=include),
+        f"rr prior{suffix}": RelativeRepairability(include=include),
+        f"rr greedy{suffix}": RelativeRepairability(include=include, rule="greedy"),
+    }
+
+
+ALLOCATIONS = {
+    **_allocations("", ("stem", "classifier")),
+    **_allocations(" + depthwise", ("stem", "depthwise", "classifier")),
+}
+MATCH = VarianceMatching(images=64)
+REPAIRS: dict[str, Repair] = {
+    **training_free(batch_size=32, measured=64),
+    "vm + starfish": Repair((MATCH, Starfish())),
+    "layerwise + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
+    "unipts 10": Repair((Unipts(epochs=10, lr=0.05, weight_decay=4e-5),)),
+}
+FREE = ["bn cumulative", "asr + bn ema_reset", "variance_matching"]
+
+
+def main() -> None:
+    """Run the points that the table lacks."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    table = table_of(HERE / "mobile.csv", ALLOCATIONS, REPAIRS, SUBSETS)
+    for net in options.net:
+        dense = _dense(net, options.data)
+        images = _images(options.data, dense.pretrained_cfg)
+        for seed in options.seeds:
+            cross = Cross(net, dense, images, seed, ALLOCATIONS, REPAIRS, batch_size=8, damage_images=64)
+            for sparsity in options.sparsities:
+                for allocation in options.allocations:
+                    cross.run(table, sparsity, allocation, options.repairs)
+
+
+def _dense(net: str, data: Path) -> nn.Module:
+    model: nn.Module = timm.create_model(net)
+    state = load_file(data / "weights" / f"{net}.safetensors")
+    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    return model.eval()
+
+
+def _images(data: Path, preprocessing: dict[str, tuple[float, ...]]) -> Images:
+    with (data / "imagenet" / "evaluation_labels.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    mean, std = (torch.tensor(preprocessing[name]).view(3, 1, 1) for name in ("mean", "std"))
+    calibration = sorted((data / "imagenet" / "calibration").iterdir())
+    evaluation = [data / "imagenet" / "evaluation" / row["file"] for row in table]
+    return Images(
+        views={"plain": torch.stack([(_pixels(path) - mean) / std for path in calibration])},
+        test=torch.stack([(_pixels(path) - mean) / std for path in evaluation]),
+        labels=torch.tensor([int(row["class_index"]) for row in table]),
+        subsets={name: torch.tensor([row["subset"] == name for row in table]) for name in SUBSETS},
+    )
+
+
+def _pixels(path: Path) -> Tensor:
+    """The centre [3, 224, 224] of the image, its short side 256, in [0, 1]."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    if min(image.size) != SHORT:
+        scale = SHORT / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - SIZE) // 2 for side in image.size)
+    centre = numpy.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
+    return torch.from_numpy(centre.copy()).permute(2, 0, 1).float() / 255
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--net", nargs="*", default=list(NETS), choices=NETS)
+    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.5, 0.6, 0.7, 0.8])
+    parser.add_argument("--allocations", nargs="*", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
+    parser.add_argument("--repairs", nargs="*", default=FREE, choices=list(REPAIRS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    options.data = options.data.resolve()
+    return options
+
+
+if __name__ == "__main__":
+    main()

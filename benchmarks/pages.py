@@ -1,0 +1,59 @@
+"""What the pages of tables share: cells with spread, and curves over sparsity."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from matplotlib import pyplot
+
+from benchmarks.table import Row
+
+Cells = dict[tuple[str, str], list[float]]
+"""Values by (line, column)."""
+
+Curves = dict[str, dict[float, list[float]]]
+"""Values by name and sparsity."""
+
+MARKS = "os^DvPX*<>h"
+
+
+def lines_of(cells: Cells, names: list[str], columns: list[str], corner: str = "allocation") -> list[str]:
+    """A Markdown table of the lines and columns that have values, in the order given."""
+    present = [column for column in columns if any(column == of for _, of in cells)]
+    page = [f"| {corner} | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
+    for name in (name for name in names if any(name == of for of, _ in cells)):
+        page.append(f"| {name} | " + " | ".join(mean_and_spread(cells.get((name, of), [])) for of in present) + " |")
+    return page
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """One value, or the mean and, in brackets, lowest to highest; nothing of nothing."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def means(rows: Iterable[Row], name: Callable[[Row], str], value: Callable[[Row], float]) -> Curves:
+    """The values of rows by name and sparsity."""
+    found: Curves = {}
+    for row in rows:
+        found.setdefault(name(row), {}).setdefault(float(row["sparsity"]), []).append(value(row))
+    return found
+
+
+def curves(found: Curves, path: Path, label: str, title: str) -> None:
+    """Draw the mean over seeds, and lowest to highest as a shade."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for number, (name, points) in enumerate(sorted(found.items())):
+        at = sorted(points)
+        middle = [statistics.mean(points[x]) for x in at]
+        shown = [100 * x for x in at]
+        (line,) = axes.plot(shown, middle, marker=MARKS[number % len(MARKS)], markersize=3.5, linewidth=1.2, label=name)
+        low, high = [min(points[x]) for x in at], [max(points[x]) for x in at]
+        axes.fill_between(shown, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="Weights masked, %", ylabel=label, title=title)
+    axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
