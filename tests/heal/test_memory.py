@@ -1,0 +1,123 @@
+"""What a method keeps of the calibration images does not grow with their number (law 6)."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import gc
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from heal.allocators import ALLOCATORS
+from heal.healers import HEALERS
+from heal.images import Images, Replay
+from heal.method import AllocationContext, Allocator, HealContext, Healer, taps
+from heal.pruned import apply
+from heal.pruners import PRUNERS
+from heal.statistics import capture
+from heal.values import Budget
+from tests.heal import nets
+
+FEW, MANY, SIDE = 320, 1280, 64
+HELD = (MANY - FEW) * 3 * SIDE * SIDE * 4
+"""Bytes that a method which holds all images takes more of many than of few: 45 MiB."""
+
+SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1, "population": 3, "parents": 2, "generations": 1}
+ONLY_NEURONS = {"closed_form", "global_variance"}
+STATUS = Path("/proc/self/status")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not STATUS.exists(), reason="the peak of a process's memory is read from Linux's /proc"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Images that come into being when they are asked for."""
+
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.count, 3, SIDE, SIDE
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        return torch.randn(len(indices), *self.shape[1:], generator=torch.Generator().manual_seed(int(indices[0])))
+
+
+def test_holding_all_images_would_be_seen() -> None:
+    def holds(images: Images) -> None:
+        torch.cat(list(Replay(images, 64)))
+
+    assert growth(holds) > 0.9 * HELD
+
+
+@pytest.mark.parametrize("name", sorted(set(HEALERS) - ONLY_NEURONS - {"none"}))
+def test_a_healer_holds_no_more_of_many_images_than_of_few(name: str) -> None:
+    model = bare() if name == "repair" else nets.build("resnet")
+    assert growth(lambda images: heals(model, quick(HEALERS[name]()), images)) < HELD / 2
+
+
+@pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - ONLY_NEURONS - {"projection_forced"}))
+def test_an_allocator_holds_no_more_of_many_images_than_of_few(name: str) -> None:
+    model = nets.build("resnet")
+    assert growth(lambda images: allocates(model, quick(ALLOCATORS[name]()), images)) < HELD / 2
+
+
+def heals(model: nn.Module, healer: Healer, images: Images) -> None:
+    """Mask half of the weights and heal; what the healer may cache by its budget is set to nothing."""
+    context = AllocationContext()
+    mask = PRUNERS["magnitude"]().prune(
+        model, ALLOCATORS["uniform"]().allocate(model, Budget(weights=0.5), context), {}
+    )
+    student = copy.deepcopy(model)
+    apply(student, mask)
+    healer.heal(student, model, images, HealContext(pruned=mask, cache_bytes=0, spill_bytes=0))
+
+
+def allocates(model: nn.Module, allocator: Allocator, images: Images) -> None:
+    wanted = taps(model, [allocator])
+    statistics = capture(model, images, wanted) if wanted else {}
+    allocator.allocate(model, Budget(weights=0.5), AllocationContext(statistics=statistics, images=images))
+
+
+def growth(use: Callable[[Images], None]) -> int:
+    """Bytes by which the peak of memory is higher with many images than with few."""
+    use(Made(FEW))  # what is made once, such as kernels, is made
+    few, many = (peak(use, count) for count in (FEW, MANY))
+    return many - few
+
+
+def peak(use: Callable[[Images], None], count: int) -> int:
+    """The highest resident memory while `use` runs, over what there was before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    use(Made(count))
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def quick(method: object) -> object:
+    fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return dataclasses.replace(method, **{name: value for name, value in SHORT.items() if name in fields})  # type: ignore[type-var]
+
+
+def bare() -> nn.Module:
+    """A network without BatchNorm."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1800, 10)
+    )
