@@ -61,12 +61,14 @@ ALLOCATIONS: dict[str, Allocator] = {
     "sequence": Sequence(include=ENDS),
     "evolutionary 16x8": Evolutionary(include=ENDS, population=16, generations=8, images=256),
     "raw_damage prior": RawDamage(include=ENDS),
+    "raw_damage prior, at ERK's": RawDamage(include=ENDS, probe="prior"),
     "raw_damage greedy": RawDamage(include=ENDS, rule="greedy"),
     **{
         f"{variant} {rule}": RelativeRepairability(include=ENDS, variant=variant, rule=rule)
         for variant in ("rr", "rr_asr", "rr_nomean", "rr_ls")
         for rule in ("prior", "greedy")
     },
+    "rr prior, at 1-S": RelativeRepairability(include=ENDS, probe="uniform"),
 }
 MATCH = VarianceMatching(images=256)
 REPAIRS: dict[str, Repair] = {

@@ -22,7 +22,7 @@ class Table:
         """All rows, every value a string."""
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="") as file:  # replaced as a whole, so never seen half written
             return list(csv.DictReader(file))
 
     def known(self) -> set[tuple[str, ...]]:
@@ -37,7 +37,9 @@ class Table:
         """Write rows; one of the same point gives way."""
         with FileLock(self.path.with_suffix(".lock")):
             merged = {self.of(row): row for row in [*self.rows(), *rows]}
-            with self.path.open("w", newline="") as file:
+            beside = self.path.with_suffix(".new")
+            with beside.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(sorted(merged.values(), key=self.rank))
+            beside.replace(self.path)

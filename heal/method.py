@@ -18,6 +18,12 @@ from heal.images import Images
 from heal.progress import Report, quiet
 from heal.values import Allocation, Budget, ChannelCut, LayerStats, Mask
 
+STAND_ON_DENSE_STATISTICS = frozenset({"signal_resuscitation", "layerwise_variance", "bias_correction"})
+"""Healers that bring a layer's output back to what the dense BatchNorm after it expects."""
+
+MOVE_STATISTICS = frozenset({"batchnorm_recalibration", "variance_matching", "unipts", "bias_correction"})
+"""Healers after which a BatchNorm expects something else."""
+
 Statistics = Mapping[str, LayerStats]
 """Moments by tap: "<module>.input" or "<module>.output"."""
 
@@ -153,6 +159,13 @@ def _refuse_order(healers: list[str], pruner: str) -> None:
             f"healers {', '.join(healers)}: closed_form solves from the dense weights and would undo what came before "
             "it; put it first"
         )
+    for at, healer in enumerate(healers):
+        moved = set(healers[:at]) & MOVE_STATISTICS
+        if healer in STAND_ON_DENSE_STATISTICS and moved:
+            raise MethodError(
+                f"healers {', '.join(healers)}: {healer} stands on the dense running statistics, which "
+                f"{' and '.join(sorted(moved))} rewrote; put it before"
+            )
 
 
 def refuse_unit(model: nn.Module, budget: Budget) -> None:

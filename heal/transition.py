@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from heal.errors import InputError
 from heal.evaluation import agreement, predict
 from heal.images import Images
-from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, check, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, after, check, taps
 from heal.pruned import apply
 from heal.statistics import capture
 from heal.values import Budget
 
 HIGH, LOW = 0.8, 0.2
+WORST = 0.15
+"""The residual above which a curve is no logistic: real ones were below 0.04."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,13 @@ def locate(sparsities: Sequence[float], agreements: Sequence[float], classes: in
     """The transition of a measured curve; agreements are shares in [0, 1].
 
     plateau: the agreement of the repaired network at little sparsity. Raises InputError when there are fewer than
-    four points, when a sparsity is not inside (0, 1), or when the curve does not cross half of its height.
+    four points, when a sparsity is not inside (0, 1), or when the curve does not fall through half of its height as a
+    logistic does.
     """
     if len(sparsities) < 4 or not all(0 < s < 1 for s in sparsities):
         raise InputError(f"transition: sparsities {list(sparsities)} must be four or more between 0 and 1")
     x = torch.tensor([_logit(s) for s in sparsities], dtype=torch.float64)
-    a = (torch.tensor(agreements, dtype=torch.float64) - 1 / classes) / (plateau - 1 / classes)
+    a = torch.tensor([normalised(agreement, classes, plateau) for agreement in agreements], dtype=torch.float64)
     if not float(a.min()) < 0.5 < float(a.max()):
         raise InputError(
             f"transition: agreement goes from {max(agreements):.2f} to {min(agreements):.2f} and never crosses half of "
@@ -57,9 +60,27 @@ def locate(sparsities: Sequence[float], agreements: Sequence[float], classes: in
         )
     middle, steepness = _fitted(x, a)
     residual = float((_logistic(x, middle, steepness) - a).square().mean().sqrt())
+    if residual > WORST:
+        raise InputError(
+            f"transition: agreement does not fall along a logistic (it misses it by {residual:.2f} of its height); "
+            "measure at more sparsities, or on more images"
+        )
     reach = math.log(HIGH / LOW) / float(steepness)
     band = (_sparsity(float(middle) - reach), _sparsity(float(middle) + reach))
     return Transition(_steepest(float(middle), float(steepness)), band, float(steepness), residual)
+
+
+def normalised(agreement: float, classes: int, plateau: float = 1.0) -> float:
+    """Agreement on the scale on which chance is 0 and the plateau 1."""
+    return (agreement - 1 / classes) / (plateau - 1 / classes)
+
+
+def is_repair_sensitive(recalibrated: float, repaired: float, classes: int, plateau: float = 1.0) -> bool:
+    """Whether BatchNorm recalibration alone no longer brings the network back, and a repair of statistics does.
+
+    Both are agreements in [0, 1] at one sparsity; the regime is that of arXiv 2605.21972, its bound is LOW (ours).
+    """
+    return normalised(recalibrated, classes, plateau) < LOW <= normalised(repaired, classes, plateau)
 
 
 def measure(
@@ -84,8 +105,9 @@ def measure(
         pruned = pruner.prune(model, allocation, statistics)
         student = copy.deepcopy(model)
         apply(student, pruned)
+        healing = HealContext(statistics=statistics, pruned=pruned, seed=seed)
         for healer in healers:
-            healer.heal(student, model, images, HealContext(statistics=statistics, pruned=pruned, seed=seed))
+            healing = after(healing, healer.heal(student, model, images, healing))
         found.append(agreement(predict(student, held_out), answers))
     return found
 

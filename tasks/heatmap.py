@@ -25,13 +25,14 @@ class HeatMap:
 
 
 def repairability(evidence: Mapping[str, Any]) -> HeatMap | None:
-    """RR of every layer at every density, or None when the allocation was not made from it."""
-    if "rr" not in evidence:
+    """RR of every layer at every density, of the variant that was used; None when RR did not make the allocation."""
+    variant = evidence.get("rests_on", "raw_damage")
+    if variant == "raw_damage":
         return None
     # A layer without damage has nothing to repair: the dense column says nothing.
     densities = [density for density in evidence["densities"] if density < 1]
     rows = tuple(
-        (layer, tuple(_cell(value) for value in values[: len(densities)])) for layer, values in evidence["rr"].items()
+        (layer, tuple(_cell(value) for value in values[: len(densities)])) for layer, values in evidence[variant].items()
     )
     return HeatMap(tuple(f"{density:g}" for density in densities), rows)
 

@@ -59,7 +59,8 @@ class ProjectionForced:
         rest = pool.without(fixed)
         found = self._shared(rest, model, context)
         counts = {name: round(density * pool.totals[name]) for name, density in fixed.items()}
-        return pool.counted({layer: counts.get(layer, found.kept.get(layer, 0)) for layer in pool.weights})
+        kept = {layer: counts.get(layer, found.kept.get(layer, 0)) for layer in pool.weights}
+        return pool.counted(kept, found.evidence)
 
     def _shared(self, pool: Pool, model: nn.Module, context: AllocationContext) -> Allocation:
         if self.rest == "lamp":

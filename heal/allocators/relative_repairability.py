@@ -15,7 +15,7 @@ from torch import nn
 
 from heal.allocators.erk import ratio
 from heal.allocators.pool import Include, Pool, by_shape, refuse_parts
-from heal.allocators.repair_rules import GRID, Rule, greedy, modulated
+from heal.allocators.repair_rules import GRID, Probe, Rule, greedy, modulated
 from heal.errors import ImagesError, MethodError
 from heal.images import Replay
 from heal.method import AllocationContext
@@ -33,8 +33,9 @@ class RelativeRepairability:
     """include: parts beside the table's layers.
 
     variant: the repair, and whether the mean counts: "rr", "rr_asr" (shrunk gains), "rr_nomean", "rr_ls" (best
-    affine, bounded by 1). rule: "prior" modulates ERK by RR at ERK's densities, "greedy" buys the largest
-    drop of unrepairable damage. strength: exponent of RR in the first rule, >= 0; 1.
+    affine, bounded by 1). rule: "prior" modulates ERK by RR, "greedy" buys the largest drop of unrepairable
+    damage. strength: exponent of RR in the first rule, >= 0; 1. probe: the density at which the first rule asks for
+    RR: ERK's of the layer ("prior"), or the whole budget's ("uniform").
     """
 
     unit: ClassVar[str] = "weights"
@@ -42,11 +43,12 @@ class RelativeRepairability:
     variant: Variant = "rr"
     rule: Rule = "prior"
     strength: float = 1.0
+    probe: Probe = "prior"
 
     def __post_init__(self) -> None:
         refuse_parts("relative_repairability", self.include)
         refuse_unknown("relative_repairability.variant", self.variant, VARIANTS)
-        refuse_rule("relative_repairability", self.rule, self.strength)
+        refuse_rule("relative_repairability", self.rule, self.strength, self.probe)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -64,9 +66,10 @@ class RelativeRepairability:
             pool,
             self.rule,
             self.strength,
+            self.probe,
             lambda layer, density: measure(layer, density).ratio(self.variant),
             lambda layer, density: _relative(measure(layer, density), self.variant),
-            curves(pool, measure),
+            curves(pool, measure) | {"rests_on": self.variant},
         )
 
 
@@ -75,9 +78,10 @@ def patches_of(include: Include) -> frozenset[str]:
     return frozenset({"images", "layers patches", *(f"{part} patches" for part in include)})
 
 
-def refuse_rule(method: str, rule: Rule, strength: float) -> None:
-    """Raise MethodError unless the rule is one and the strength is not negative."""
+def refuse_rule(method: str, rule: Rule, strength: float, probe: Probe) -> None:
+    """Raise MethodError unless rule and probe are known and the strength is not negative."""
     refuse_unknown(f"{method}.rule", rule, ("prior", "greedy"))
+    refuse_unknown(f"{method}.probe", probe, ("prior", "uniform"))
     if not strength >= 0:
         raise MethodError(f"{method}.strength = {strength:g} must not be negative; 0 is plain ERK, 1 the default")
 
@@ -106,6 +110,7 @@ def allocated(
     pool: Pool,
     rule: Rule,
     strength: float,
+    probe: Probe,
     score: Callable[[str, float], float],
     loss: Callable[[str, float], float],
     evidence: dict[str, Any],
@@ -114,7 +119,8 @@ def allocated(
     if rule == "greedy":
         return pool.allocation(greedy(pool, loss), evidence)
     prior = pool.filled(by_shape(pool, ratio))
-    scores = {layer: score(layer, density) if density < 1 else 0.0 for layer, density in prior.items()}
+    asked = prior if probe == "prior" else dict.fromkeys(prior, pool.share)
+    scores = {layer: score(layer, density) if density < 1 else 0.0 for layer, density in asked.items()}
     return pool.allocation(modulated(pool, prior, scores, strength), evidence | {"scores": scores})
 
 

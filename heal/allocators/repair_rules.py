@@ -13,6 +13,7 @@ from typing import Literal
 from heal.allocators.pool import Pool
 
 Rule = Literal["prior", "greedy"]
+Probe = Literal["prior", "uniform"]
 
 GRID = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 """Densities of the curves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 
@@ -14,7 +15,8 @@ from heal.allocators import ALLOCATORS
 from heal.errors import BudgetError, InputError
 from heal.families.lookup import describe
 from heal.healers import HEALERS
-from heal.method import AllocationContext, Allocator, Healer, Pruner, check, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, check, taps
+from heal.pruned import apply
 from heal.pruners import PRUNERS
 from heal.statistics import capture
 from heal.surgery import widths
@@ -48,6 +50,47 @@ def test_the_laws_hold(net: str, healer: str) -> None:
         else:
             found = widths(first.model)
             assert {layer: found[layer] for layer in allocation.kept} == dict(allocation.kept)
+
+
+@pytest.mark.parametrize("healer", sorted(set(HEALERS) - {"none"}))
+@pytest.mark.parametrize("net", ["vit", "convnext", "resnet", "mobilenetv2"])
+def test_the_teacher_is_only_read_and_no_hook_stays(net: str, healer: str) -> None:
+    teacher, images = nets.build(net), nets.images(4)
+    before, modes = _state(teacher), _modes(teacher)
+    for budget, allocator, pruner in _that_make_sense(teacher, healer):
+        wanted = taps(teacher, [allocator, pruner, _quick(healer)])
+        statistics = capture(teacher, images, wanted)
+        context = AllocationContext(statistics=statistics, images=images)
+        pruned = pruner.prune(teacher, allocator.allocate(teacher, budget, context), statistics)
+        for breaks in (None, RuntimeError("the progress is drawn no more")):
+            student = copy.deepcopy(teacher)
+            apply(student, pruned)
+            _heal(healer, student, teacher, images, HealContext(statistics=statistics, pruned=pruned), breaks)
+            assert _same(_state(teacher), before) and _modes(teacher) == modes
+            assert not _hooks(student) and not _hooks(teacher)
+
+
+def _heal(
+    name: str, student: nn.Module, teacher: nn.Module, images: Tensor, context: HealContext, breaks: Exception | None
+) -> None:
+    """Heal, or break off where progress is reported; a healer that reports none runs to its end."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        if breaks is not None:
+            raise breaks
+
+    try:
+        _quick(name).heal(student, teacher, images, dataclasses.replace(context, report=report))
+    except RuntimeError as error:
+        assert error is breaks
+
+
+def _modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()] + [p.requires_grad for p in model.parameters()]
+
+
+def _hooks(model: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)

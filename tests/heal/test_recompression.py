@@ -73,6 +73,13 @@ def test_an_unknown_method_names_its_neighbour() -> None:
         (heal.Budget(weights=0.5), "uniform", "magnitude", ["closed_form"], "healer closed_form works on neurons"),
         (heal.Budget(neurons=0.5), "global_variance", "none", ["starfish"], "leaves nothing to heal"),
         (heal.Budget(neurons=0.5), "global_variance", "variance", ["starfish", "closed_form"], "put it first"),
+        (
+            heal.Budget(weights=0.5),
+            "uniform",
+            "magnitude",
+            ["variance_matching", "bias_correction"],
+            "bias_correction stands on the dense running statistics, which variance_matching rewrote",
+        ),
     ],
 )
 def test_a_combination_that_makes_no_sense_is_refused(

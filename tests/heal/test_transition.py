@@ -11,8 +11,10 @@ from scipy.optimize import curve_fit
 from heal.allocators.uniform import Uniform
 from heal.errors import InputError
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration
+from heal.method import HealContext, HealingReport
 from heal.pruners.magnitude import Magnitude
-from heal.transition import locate, measure
+from heal.transition import is_repair_sensitive, locate, measure
+from heal.values import Mask
 from tests.heal import nets
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97, 0.99)
@@ -52,6 +54,32 @@ def test_a_curve_without_a_transition_is_refused() -> None:
         locate((0.1, 0.2, 0.3, 0.4), (0.99, 0.98, 0.97, 0.96), classes=10)
     with pytest.raises(InputError, match="four or more"):
         locate((0.5, 0.9), (0.9, 0.1), classes=10)
+    for agreements in ((0.1, 0.1, 1.0, 1.0), (1.0, 0.2, 0.9, 0.1)):
+        with pytest.raises(InputError, match="does not fall along a logistic"):
+            locate((0.5, 0.7, 0.9, 0.95), agreements, classes=10)
+
+
+def test_the_repair_sensitive_regime_is_where_recalibration_alone_fails() -> None:
+    assert is_repair_sensitive(0.2, 0.4, classes=10)
+    assert not is_repair_sensitive(0.3, 0.4, classes=10), "recalibration is enough"
+    assert not is_repair_sensitive(0.1, 0.2, classes=10), "nothing is"
+
+
+def test_a_healer_gets_the_mask_that_the_one_before_left() -> None:
+    masks: list[Mask] = []
+
+    class Moves:
+        unit, needs = "weights", frozenset[str]()
+
+        def heal(self, student: object, teacher: object, images: object, context: HealContext) -> HealingReport:
+            assert isinstance(context.pruned, Mask)
+            masks.append(context.pruned)
+            moved = Mask({layer: ~keep for layer, keep in context.pruned.keep.items()})
+            return HealingReport("moves", {}, pruned=moved)
+
+    measure(nets.build("resnet"), nets.images(4), nets.images(4), (0.5,), Uniform(), Magnitude(), [Moves(), Moves()])
+    first, second = masks
+    assert all((first.keep[layer] == ~keep).all() for layer, keep in second.keep.items())
 
 
 def test_agreement_falls_with_sparsity_and_is_whole_without() -> None:
