@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal
 
 from flows.screen import Screen, Series, duration, remark
-from heal.errors import HealError
+from heal.errors import HealError, InputError
 from tasks import artifacts, keys, plan, resolve, sweep_runs, tracking
 from tasks.manifest import Record
 from tasks.runner import Ref, run_stage
@@ -47,6 +47,16 @@ class Planner:
         if shared not in self._resolved:
             self._resolved[shared] = resolve.resolve(point.params)
         return self._resolved[shared]
+
+    def identities(self, sweep: Sweep) -> dict[str, str]:
+        """What the points' runs would be found by today, by name; nothing where what they name is not there now."""
+        return {point.name: self._identity(sweep.name, point) for point in sweep.points}
+
+    def _identity(self, sweep: str, point: Point) -> str:
+        try:
+            return sweep_runs.identity_of(sweep, point, self.resolved(point))
+        except InputError:
+            return ""  # so what was recorded of it is of other inputs
 
     def find(self, point: Point) -> Found | None:
         """The computations of all stages of the point, or None when one would run."""

@@ -33,9 +33,10 @@ def draw(file: Path, overrides: list[str], only: str | None, folder: Path | None
         raise InputError("--only says which points to run, and --table runs none; leave one of them out")
     screen, sweep = Screen(output), sweep_file.load(file, overrides)
     folder = _refuse_folder(folder or Path("sweeps") / sweep.name)
+    from flows.points import Planner
     from tasks import sweep_runs
 
-    results = list(sweep_runs.results(sweep).values())
+    results = list(sweep_runs.results(sweep, Planner().identities(sweep)).values())
     if not results:
         raise InputError(
             f"MLflow has no point of the sweep {sweep.name} with these params; run it first: regrow sweep {file}"
@@ -65,7 +66,7 @@ def _run(file: Path, overrides: list[str], only: str | None, folder: Path | None
             from flows.sweep import sweep as flow
 
             tally = flow(str(file), overrides, only, output)
-    _ending(screen, sweep, tally, folder)
+    _ending(screen, sweep, tally, folder, planner)
     screen.note(seconds=time.monotonic() - began)
     screen.close()
     return 1 if tally.errors else 0
@@ -95,10 +96,10 @@ def _confirmed(
         return points.tally
 
 
-def _ending(screen: Screen, sweep: Sweep, tally: Tally, folder: Path) -> None:
+def _ending(screen: Screen, sweep: Sweep, tally: Tally, folder: Path, planner: Planner) -> None:
     from tasks import sweep_runs, tracking
 
-    results = list(sweep_runs.results(sweep).values())
+    results = list(sweep_runs.results(sweep, planner.identities(sweep)).values())
     files = _write(folder, sweep, results)
     for path in files.values():
         tracking.log_artifact(tally.run_id, path)

@@ -45,6 +45,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         "source": images.source,
         "ids_digest": images.digest,
         "images": len(images.array),
+        "classes": logits["dense"].shape[1],
         "labels": images.labels is not None,
         "models": measured,
         "subsets": _by_subset(logits, images),

@@ -32,7 +32,8 @@ def repairability(evidence: Mapping[str, Any]) -> HeatMap | None:
     # A layer without damage has nothing to repair: the dense column says nothing.
     densities = [density for density in evidence["densities"] if density < 1]
     rows = tuple(
-        (layer, tuple(_cell(value) for value in values[: len(densities)])) for layer, values in evidence[variant].items()
+        (layer, tuple(_cell(value) for value in values[: len(densities)]))
+        for layer, values in evidence[variant].items()
     )
     return HeatMap(tuple(f"{density:g}" for density in densities), rows)
 

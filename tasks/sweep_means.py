@@ -34,7 +34,7 @@ class Setting:
     """A method and budget on a model, over its seeds; or the model itself, dense, in all of its evaluations.
 
     `rows` holds (itself, dense) of every point that finished, `healing` its healers' seconds; `asked` counts the
-    points that were recorded. `images`: what their evaluations were on, as (digest, count).
+    points that were recorded. `images`: what their evaluations were on, as (digest, count), of how many `classes`.
     """
 
     model: str
@@ -44,6 +44,7 @@ class Setting:
     healing: tuple[float, ...]
     asked: int
     images: frozenset[tuple[str, int]]
+    classes: int = 0
 
     @property
     def is_dense(self) -> bool:
@@ -113,7 +114,9 @@ def _value(setting: Setting, key: str) -> float:
 
 def _dense(results: Sequence[Result]) -> Setting:
     own = _setting(results)
-    return Setting(own.model, "dense", "", tuple((dense, dense) for _, dense in own.rows), (), own.asked, own.images)
+    return Setting(
+        own.model, "dense", "", tuple((dense, dense) for _, dense in own.rows), (), own.asked, own.images, own.classes
+    )
 
 
 def _setting(results: Sequence[Result]) -> Setting:
@@ -121,5 +124,6 @@ def _setting(results: Sequence[Result]) -> Setting:
     finished = [result for result in results if result.healed is not None]
     rows = tuple((result.healed, result.dense) for result in finished if result.healed and result.dense)
     seconds = tuple(result.healing_seconds for result in finished if result.healing_seconds is not None)
+    classes = max((result.classes for result in finished), default=0)
     images = frozenset((result.images_digest, result.images) for result in finished)
-    return Setting(first.model, first.method, first.budget, rows, seconds, len(results), images)
+    return Setting(first.model, first.method, first.budget, rows, seconds, len(results), images, classes)

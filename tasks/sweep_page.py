@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tasks import pages, pareto, summary
+from tasks import pages, pareto, summary, sweep_transitions
 from tasks.pareto import Candidate, Trade
 from tasks.summary import Column
 from tasks.sweep_means import Mean, Read, Setting, reading, settings, share, time_ratio
@@ -27,6 +27,7 @@ def render(name: str, results: Sequence[Result], planned: int) -> str:
         together=_trades(found) if len(models) > 1 and _are_comparable(found) else [],
         points=[_point(result) for result in results],
         limits=list(limits(found)),
+        transition_legend=sweep_transitions.LEGEND,
         seeds=max((len(setting.rows) for setting in found if not setting.is_dense), default=0),
     )
 
@@ -39,7 +40,8 @@ def _part(model: str, own: Sequence[Setting]) -> dict[str, Any]:
     """One model: its pictures, and its table with a row for each setting."""
     made: list[Column] = columns(own)
     rows = [{"setting": s, "cells": [column.cells[number] for column in made]} for number, s in enumerate(own)]
-    return {"model": model, "trades": _trades(own), "columns": made, "rows": rows}
+    found = sweep_transitions.transitions(own)
+    return {"model": model, "trades": _trades(own), "columns": made, "rows": rows, "transitions": found}
 
 
 def _are_comparable(found: Sequence[Setting]) -> bool:

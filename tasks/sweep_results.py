@@ -27,8 +27,9 @@ class Result:
     """One point, as its MLflow run has it.
 
     `budget` is UNIT=SHARE. The rows are None where the evaluation did not come about. `images` is how many images it
-    had, `images_digest` which. `seconds` is what all stages took when they were computed, `healing_seconds` the
-    healers alone. `artifacts` maps a stage to the digest of what it made.
+    had, `images_digest` which, of how many `classes` (0: not recorded). `seconds` is what all stages took when they
+    were computed, `healing_seconds` the healers alone. `artifacts` maps a stage to the digest of what it made.
+    `is_older`: another code, or another model or data set by the same name, would make it today.
     """
 
     point: str
@@ -44,10 +45,12 @@ class Result:
     pruned: Row | None = None
     healed: Row | None = None
     images: int = 0
+    classes: int = 0
     images_digest: str = ""
     seconds: float | None = None
     healing_seconds: float | None = None
     artifacts: Mapping[str, str] = field(default_factory=dict)
+    is_older: bool = False
 
 
 def metrics(evaluation: Mapping[str, Any], seconds: float) -> dict[str, float]:
@@ -55,7 +58,8 @@ def metrics(evaluation: Mapping[str, Any], seconds: float) -> dict[str, float]:
 
     The names continue those that the stages log themselves.
     """
-    found = {"evaluation/images": float(evaluation["images"]), "point/seconds": seconds}
+    counts = {name: float(evaluation[name]) for name in ("images", "classes") if name in evaluation}
+    found = {f"evaluation/{name}": count for name, count in counts.items()} | {"point/seconds": seconds}
     for row in summary.rows(evaluation):
         if row.name in MODELS:
             found |= {f"evaluation/{row.name}_{name}": value for name, value in _numbers(row).items()}
@@ -79,6 +83,7 @@ def result(run_id: str, identity: str, status: Status, tags: Mapping[str, str], 
         pruned=_row("pruned", metrics),
         healed=_row("healed", metrics),
         images=int(metrics["evaluation/images"]),
+        classes=int(metrics.get("evaluation/classes", 0)),
         images_digest=tags[IMAGES],
         seconds=metrics["point/seconds"],
         healing_seconds=sum(value for name, value in metrics.items() if re.fullmatch(r"healing/\w+_seconds", name)),

@@ -6,6 +6,7 @@ Like the registry, imported only where it is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +65,11 @@ def fail_point(run_id: str, error: str) -> None:
     tracking.close_run(run_id, "FAILED")
 
 
-def results(sweep: Sweep) -> dict[str, Result]:
+def results(sweep: Sweep, identities: Mapping[str, str] | None = None) -> dict[str, Result]:
     """What is recorded of the sweep's points, by name, in their order: of several runs with a point's params the last.
 
-    A point that never ran with these params is left out.
+    A point that never ran with these params is left out. identities: of the points as they would run today, which
+    tells those that are older.
     """
     if not mlflow_store.exists(mlflow_store.tracking_uri()):
         return {}
@@ -76,7 +78,12 @@ def results(sweep: Sweep) -> dict[str, Result]:
     for run in sorted(tracking.search(f"tags.`{SWEEP}` = '{sweep.name}'"), key=_recorded):
         if (run.data.tags.get(POINT), run.data.tags.get(PARAMS)) in wanted:
             last[run.data.tags[POINT]] = run
-    return {point.name: _result(last[point.name]) for point in sweep.points if point.name in last}
+    found = {point.name: _result(last[point.name]) for point in sweep.points if point.name in last}
+    today = identities or {}
+    return {
+        name: replace(result, is_older=today.get(name, result.identity) != result.identity)
+        for name, result in found.items()
+    }
 
 
 def _recorded(run: Run) -> str:

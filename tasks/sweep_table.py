@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from tasks import summary
+from tasks import summary, sweep_transitions
 from tasks.summary import MISSING, Cell, Column, Row
 from tasks.sweep_means import Mean, Read, Setting, reading, settings, share, time_ratio
 from tasks.sweep_results import COUNTS, PARTS, SHARES, Result
@@ -46,6 +46,8 @@ def standing(results: Sequence[Result], planned: int) -> str:
     counts = {state: sum(result.status == state for result in results) for state in STATES}
     others = [f"{count} {state}" for state, count in counts.items() if count and state != "finished"]
     others += [f"{planned - len(results)} not run yet"] if planned > len(results) else []
+    older = sum(result.is_older for result in results)
+    others += [f"{older} by older code or of other inputs: run them again to compare"] if older else []
     return ", ".join([f"{counts['finished']} of {planned} points finished", *others]) + "."
 
 
@@ -80,7 +82,8 @@ def markdown(name: str, results: Sequence[Result], planned: int) -> str:
     found = settings(results)
     lines = [f"# Sweep {name}", "", f"{standing(results, planned)} {LEGEND}", ""]
     for model in dict.fromkeys(setting.model for setting in found):
-        lines += [f"## {model}", "", *_grid([setting for setting in found if setting.model == model]), ""]
+        own = [setting for setting in found if setting.model == model]
+        lines += [f"## {model}", "", *_grid(own), "", *_transitions(own)]
     unfinished = [result for result in results if result.status != "finished"]
     if unfinished:
         lines += ["## Not finished", "", *(f"* {result.point}: {reason(result)}" for result in unfinished), ""]
@@ -134,6 +137,7 @@ def line(result: Result) -> dict[str, object]:
         "budget": float(removed),
         "seed": result.seed,
         "status": result.status,
+        "is_older": result.is_older,
         "error": reason(result) if result.status != "finished" else "",
         **_fields("", result.healed),
         **_fields("pruned_", result.pruned),
@@ -161,6 +165,14 @@ def _grid(settings: Sequence[Setting]) -> Iterator[str]:
     for number, setting in enumerate(settings):
         cells = (_long(column.cells[number]) for column in found)
         yield f"| {' | '.join((setting.method, setting.budget, setting.seeds, *cells))} |"
+
+
+def _transitions(settings: Sequence[Setting]) -> Iterator[str]:
+    found = sweep_transitions.transitions(settings)
+    if found:
+        yield from (f"Recoverability transition ({sweep_transitions.LEGEND}):", "")
+        yield from (f"* {transition.text}" for transition in found)
+        yield ""
 
 
 def _long(cell: Cell) -> str:

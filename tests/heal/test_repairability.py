@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from heal.allocators.erk import Erk
-from heal.allocators.pool import Pool
+from heal.allocators.erk import Erk, ratio
+from heal.allocators.pool import Pool, by_shape
+from heal.allocators.projection_forced import ProjectionForced
 from heal.allocators.raw_damage import RawDamage
-from heal.allocators.relative_repairability import RelativeRepairability
+from heal.allocators.relative_repairability import RelativeRepairability, measured
 from heal.allocators.repair_rules import GRID, greedy, modulated
 from heal.compat import timm
 from heal.errors import MethodError, NumericalError
@@ -290,7 +291,31 @@ def test_the_allocators_meet_the_budget_and_keep_their_evidence(allocator: type,
         assert drift <= 0.02 * erk.asked, "strength 0 is ERK but for the least densities"
 
 
+@pytest.mark.parametrize(("allocator", "rests_on"), [(RelativeRepairability, "rr"), (RawDamage, "raw_damage")])
+def test_the_probe_is_the_density_at_which_the_prior_is_modulated(allocator: type, rests_on: str) -> None:
+    model, images = nets.build("resnet"), nets.images(8)
+    for probe in ("prior", "uniform"):
+        method = allocator(include=ALL, probe=probe)
+        context = AllocationContext(statistics=capture(model, images, taps(model, [method])), images=images)
+        pool = Pool.of(model, ALL, Budget(weights=0.9), context)
+        measure, erk = measured(model, pool, context), pool.filled(by_shape(pool, ratio))
+        found = method.allocate(model, Budget(weights=0.9), context).evidence
+        assert found["rests_on"] == rests_on
+        for layer, score in found["scores"].items():
+            at = measure(layer, erk[layer] if probe == "prior" else 0.1)
+            expected = at.ratio("rr") if rests_on == "rr" else at.raw / at.energy
+            assert score == pytest.approx(0.0 if probe == "prior" and erk[layer] == 1 else expected)
+
+
+def test_the_densities_of_the_rest_keep_their_evidence() -> None:
+    model, images = nets.build("resnet"), nets.images(8)
+    method = ProjectionForced(projections="erk", rest="relative_repairability")
+    context = AllocationContext(statistics=capture(model, images, taps(model, [method])), images=images)
+    found = method.allocate(model, Budget(weights=0.8), context)
+    assert found.got == found.asked and found.evidence["rests_on"] == "rr"
+
+
 def test_wrong_params_are_refused() -> None:
-    for wrong in ({"rule": "greed"}, {"strength": -1}, {"variant": "rr_asrr"}):
+    for wrong in ({"rule": "greed"}, {"strength": -1}, {"variant": "rr_asrr"}, {"probe": "here"}):
         with pytest.raises(MethodError):
             RelativeRepairability(**wrong)  # type: ignore[arg-type]

@@ -22,6 +22,8 @@ from tests.heal import nets
 from tests.tasks.pictures import table
 
 PICTURES = 12
+ROOT = Path(__file__).parents[2]
+PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "benchmarks" / "presets").glob("*.yaml"))]
 QUICK = {
     "evolutionary": "allocation.evolutionary={population: 3, parents: 2, generations: 1}",
     "layerwise": "healing.layerwise={iterations: 1}",
@@ -46,7 +48,9 @@ def _road(net: str, allocator: str, healer: str) -> list[str] | None:
     return None
 
 
-def _healed(net: str, labels: list[int], overrides: list[str], root: Path) -> dict[str, object]:
+def _healed(
+    net: str, labels: list[int], overrides: list[str], root: Path, preset: Path | None = None
+) -> dict[str, object]:
     """Every file of the healed artifact with its digest."""
     path = table(root / "pictures.parquet", PICTURES, {"id": [f"x{n}" for n in range(PICTURES)], "label": labels})
     other = table(root / "other.parquet", 2, {"id": ["y0", "y1"]}, first=500)
@@ -57,7 +61,7 @@ def _healed(net: str, labels: list[int], overrides: list[str], root: Path) -> di
     for stage in stages:
         name = stage.__name__.rpartition(".")[2]
         folders[name].mkdir()
-        params = load(None, [*sources, *overrides]).restrict(STAGES[name].params)
+        params = load(preset, [*sources, *overrides]).restrict(STAGES[name].params)
         inputs = {upstream: folders[upstream] for upstream in STAGES[name].upstream}
         stage.run(params, inputs, folders[name], Progress(root / "work" / name / "checkpoints"))
     return dict(manifest.scan(folders["healing"]))
@@ -82,3 +86,18 @@ def test_labels_change_no_bit(allocator: str, healer: str, tmp_path: Path) -> No
     true = _healed(net, [n % 3 for n in range(PICTURES)], overrides, tmp_path / "true")
     none = _healed(net, [-1] * PICTURES, overrides, tmp_path / "none")
     assert true == none
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_labels_change_no_bit_of_a_preset(preset: Path, tmp_path: Path) -> None:
+    """Its methods and params, on a small network; one epoch shows as well as ten what is read."""
+    params = load(preset, [])
+    methods = [params.allocation.method, *params.healing.methods]
+    overrides = [QUICK[name] for name in methods if name in QUICK]
+    overrides += [] if preset.name != "params.yaml" else ["allocation.budget={neurons: 0.5}"]
+    net = "resnet" if "variance_matching" in methods else "vit"
+    found = [
+        _healed(net, labels, overrides, tmp_path / name, preset)
+        for name, labels in (("true", [n % 3 for n in range(PICTURES)]), ("none", [-1] * PICTURES))
+    ]
+    assert found[0] == found[1]

@@ -30,6 +30,7 @@ def model(top1: float | None, bytes: int) -> dict[str, Any]:
 
 EVALUATION: dict[str, Any] = {
     "images": 402,
+    "classes": 10,
     "ids_digest": "ef" * 32,
     "models": {"dense": model(0.9, 420), "pruned": model(0.1, 300), "after repair": model(0.2, 300)}
     | {"healed": model(1 / 3, 300)},
@@ -60,7 +61,8 @@ def test_what_is_read_back_is_what_was_measured(home: Path) -> None:
     assert (found.dense, found.pruned, found.healed) == tuple(measured[name] for name in sweep_results.MODELS)
     assert (found.point, found.model, found.method) == ("vit/erk+bn/neurons=0.5/0", "vit", "erk+bn")
     assert (found.status, found.seed, found.run_id, found.error) == ("finished", 0, run, "")
-    assert (found.images, found.images_digest, found.artifacts) == (402, "ef" * 32, ARTIFACTS)
+    assert (found.images, found.classes, found.images_digest) == (402, 10, "ef" * 32)
+    assert found.artifacts == ARTIFACTS
     assert (found.healing_seconds, found.seconds) == (3.5, 9.5)
 
 
@@ -112,6 +114,16 @@ def test_of_two_runs_of_the_same_params_the_last_counts(home: Path) -> None:
     assert first != second and only(point()).run_id == second
     assert finish(point(), parent) == first
     assert only(point()).run_id == first
+
+
+def test_a_point_that_would_run_otherwise_today_is_older(home: Path) -> None:
+    finish(point(), sweep_runs.open_sweep("digits"))
+    sweep = Sweep("digits", (point(),))
+    now = sweep_runs.identity_of("digits", point(), RESOLVED)
+    moved = sweep_runs.identity_of("digits", point(), {"dense.source": "cd" * 32})
+    for identities, expected in (({point().name: now}, False), ({point().name: moved}, True), ({}, False)):
+        (found,) = sweep_runs.results(sweep, identities).values()
+        assert found.is_older is expected
 
 
 def test_an_error_stays_until_the_point_is_tried_again(home: Path) -> None:

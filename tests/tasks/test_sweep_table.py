@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -272,3 +273,45 @@ def test_hostile_names_and_errors_stay_text() -> None:
     results = [*_results(), _failed(_point("small", "uniform", "weights=0.5", 7), f"dense: {hostile}")]
     text = sweep_page.render(hostile, results, len(results))
     assert "<script" not in text and hostile in Page(text).text
+
+
+def _falling(method: str, middle: float, labels: bool = True) -> list[Result]:
+    """A method whose agreement falls along a logistic in logit(sparsity), steepness 3, to chance of 1 in 10."""
+    made = []
+    for removed in (0.5, 0.7, 0.8, 0.9, 0.95, 0.97):
+        height = 1 / (1 + np.exp(3 * (np.log(removed / (1 - removed)) - np.log(middle / (1 - middle)))))
+        base = replace(_point("small", "uniform", "weights=0.9", 0, labels), method=method, classes=10)
+        assert base.healed is not None
+        healed = replace(base.healed, agreement=0.1 + 0.9 * float(height))
+        made.append(replace(base, point=f"small/{method}/{removed}", budget=f"weights={removed:g}", healed=healed))
+    return made
+
+
+def test_the_transition_of_a_method_is_told_without_labels() -> None:
+    results = [*_falling("early", 0.8, labels=False), *_falling("late", 0.93, labels=False)]
+    text = sweep_table.markdown("s", results, len(results))
+    found = {
+        name: (float(low), float(high))
+        for name, low, high in re.findall(r"^\* (\w+): ([\d.]+) to ([\d.]+) %, centre", text, re.MULTILINE)
+    }
+    for name, middle in (("early", 0.8), ("late", 0.93)):
+        odds, reach = np.log(middle / (1 - middle)), np.log(4) / 3
+        expected = [100 / (1 + np.exp(-(odds + step))) for step in (-reach, reach)]
+        assert found[name] == pytest.approx(expected, abs=1.0), "the plateau is the best point, not 1"
+    assert "Recoverability transition" in sweep_page.render("s", results, len(results))
+
+
+def test_no_transition_is_told_of_few_sparsities_or_of_an_unknown_number_of_classes() -> None:
+    few = _falling("early", 0.8)[:3]
+    unknown = [replace(result, classes=0) for result in _falling("early", 0.8)]
+    for results in (few, unknown):
+        assert "transition" not in sweep_table.markdown("s", results, len(results))
+
+
+def test_points_of_older_code_are_counted_and_marked() -> None:
+    results = _results()
+    results[0] = replace(results[0], is_older=True)
+    assert "1 by older code or of other inputs" in sweep_table.standing(results, len(results))
+    assert "older" not in sweep_table.standing(_results(), len(results))
+    rows = list(csv.DictReader(io.StringIO(sweep_table.comma_separated(results))))
+    assert [row["is_older"] for row in rows].count("True") == 1
