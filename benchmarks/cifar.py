@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import cifar_resnet  # noqa: E402
-from benchmarks.cross import Cross, Images, Repair, table_of, training_free  # noqa: E402
+from benchmarks.cross import Cross, Images, Methods, Repair, table_of, training_free  # noqa: E402
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.erk_capped import ErkCapped  # noqa: E402
 from heal.allocators.evolutionary import Evolutionary  # noqa: E402
@@ -76,9 +76,10 @@ REPAIRS: dict[str, Repair] = {
     # The networks were trained on such crops: their statistics are not those of the images as they are.
     "bn cumulative, crops": Repair((BatchnormRecalibration(),), "crops"),
     "vm + starfish": Repair((MATCH, Starfish())),
-    "layerwise + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
-    "unipts 30": Repair((Unipts(epochs=30, augment=False),)),
+    "layerwise, 300 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
+    "unipts, 30 epochs": Repair((Unipts(epochs=30, augment=False),)),
 }
+METHODS = Methods(ALLOCATIONS, REPAIRS, batch_size=250, damage_images=256)
 COARSE = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
 FREE = [
     "none",
@@ -89,7 +90,7 @@ FREE = [
     "bn cumulative, crops",
     "variance_matching",
 ]
-TRAINED = ["vm + starfish", "layerwise + vm", "unipts 30"]
+TRAINED = ["vm + starfish", "layerwise, 300 steps + vm", "unipts, 30 epochs"]
 RIVALS = [
     "uniform",
     "erk",
@@ -110,7 +111,7 @@ def main() -> None:
     for net in options.net:
         for seed in options.seeds:
             images = _images(options.data, seed, options.test_images)
-            cross = Cross(net, _dense(net, options.data), images, seed, ALLOCATIONS, REPAIRS, batch_size=250)
+            cross = Cross(net, _dense(net, options.data), images, seed, METHODS)
             for sparsity in options.sparsities:
                 for allocation in options.allocations:
                     cross.run(table, sparsity, allocation, options.repairs)

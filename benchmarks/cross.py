@@ -79,30 +79,29 @@ class Images:
     held_out: Tensor | None = None
 
 
-class Cross:
-    """One network with one draw of calibration images. damage_images: how many measure the layers' damage."""
+@dataclass(frozen=True)
+class Methods:
+    """What is crossed, by the names of the table. batch_size: of predictions. damage_images: measure layers' damage."""
 
-    def __init__(
-        self,
-        net: str,
-        dense: nn.Module,
-        images: Images,
-        seed: int,
-        allocations: Mapping[str, Allocator],
-        repairs: Mapping[str, Repair],
-        batch_size: int,
-        damage_images: int = 256,
-    ) -> None:
-        self.net, self.images, self.seed, self.batch_size = net, images, seed, batch_size
-        self.allocations, self.repairs, self.damage_images = allocations, repairs, damage_images
+    allocations: Mapping[str, Allocator]
+    repairs: Mapping[str, Repair]
+    batch_size: int
+    damage_images: int
+
+
+class Cross:
+    """One network with one draw of calibration images."""
+
+    def __init__(self, net: str, dense: nn.Module, images: Images, seed: int, methods: Methods) -> None:
+        self.net, self.images, self.seed, self.methods = net, images, seed, methods
         self.dense = dense.eval().to(memory_format=torch.channels_last)
         self.student = copy.deepcopy(self.dense)
 
     @cached_property
     def statistics(self) -> Statistics:
         """What the allocations need, in one pass."""
-        wanted = taps(self.dense, list(self.allocations.values()))
-        return capture(self.dense, self.images.views["plain"][: self.damage_images], wanted)
+        wanted = taps(self.dense, list(self.methods.allocations.values()))
+        return capture(self.dense, self.images.views["plain"][: self.methods.damage_images], wanted)
 
     @cached_property
     def answers(self) -> dict[str, Tensor]:
@@ -126,7 +125,7 @@ class Cross:
         mask = Magnitude().prune(self.dense, allocation, {})
         for repair in repairs:
             began = time.perf_counter()
-            self._repair(self.repairs[repair], mask)
+            self._repair(self.methods.repairs[repair], mask)
             yield self._measured(name, sparsity, repair, time.perf_counter() - began)
 
     def _repair(self, repair: Repair, mask: Mask) -> None:
@@ -142,10 +141,10 @@ class Cross:
 
     def _allocated(self, name: str, sparsity: float) -> Allocation | None:
         images = self.images.views["plain"]
-        statistics = self.statistics if self.allocations[name].needs else {}
+        statistics = self.statistics if self.methods.allocations[name].needs else {}
         context = AllocationContext(statistics=statistics, images=images, seed=self.seed)
         try:
-            return self.allocations[name].allocate(self.dense, Budget(weights=sparsity), context)
+            return self.methods.allocations[name].allocate(self.dense, Budget(weights=sparsity), context)
         except BudgetError as error:
             print(f"{self.net} {name} {sparsity:g}: {error}", flush=True)
             return None
@@ -173,7 +172,11 @@ class Cross:
 
     def _answers(self, model: nn.Module) -> dict[str, Tensor]:
         asked = {"test": self.images.test, "held_out": self.images.held_out}
-        return {name: predict(model, images, self.batch_size) for name, images in asked.items() if images is not None}
+        return {
+            name: predict(model, images, self.methods.batch_size)
+            for name, images in asked.items()
+            if images is not None
+        }
 
 
 def table_of(

@@ -3,9 +3,9 @@
     python benchmarks/mobile.py --data ../shared/data                    # the repairs that train nothing: hours
     python benchmarks/mobile.py --data ../shared/data --net mobilenetv2_100 --sparsities 0.6 --repairs "vm + starfish"
 
-1 000 unlabeled calibration images; 1 397 test images of three sources, reported apart. The pool is all convolutions
-and the classifier but the depthwise ones; "+ depthwise" takes those in. Writes mobile.csv; mobile_page.py makes the
-tables of it.
+1 000 unlabeled calibration images, all there are, so a seed changes the order of training alone; 1 397 test images of
+three sources, reported apart. The pool is all convolutions and the classifier but the depthwise ones; "+ depthwise"
+takes those in. Writes mobile.csv; mobile_page.py makes the tables of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.cross import Cross, Images, Repair, table_of, training_free  # noqa: E402
+from benchmarks.cross import Cross, Images, Methods, Repair, table_of, training_free  # noqa: E402
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.lamp import Lamp  # noqa: E402
 from heal.allocators.relative_repairability import RelativeRepairability  # noqa: E402
@@ -59,9 +59,10 @@ MATCH = VarianceMatching(images=64)
 REPAIRS: dict[str, Repair] = {
     **training_free(batch_size=32, measured=64),
     "vm + starfish": Repair((MATCH, Starfish())),
-    "layerwise + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
-    "unipts 10": Repair((Unipts(epochs=10, lr=0.05, weight_decay=4e-5),)),
+    "layerwise, 300 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
+    "unipts, 10 epochs": Repair((Unipts(epochs=10, lr=0.05, weight_decay=4e-5),)),
 }
+METHODS = Methods(ALLOCATIONS, REPAIRS, batch_size=8, damage_images=64)
 FREE = ["bn cumulative", "asr + bn ema_reset", "variance_matching"]
 
 
@@ -74,7 +75,7 @@ def main() -> None:
         dense = _dense(net, options.data)
         images = _images(options.data, dense.pretrained_cfg)
         for seed in options.seeds:
-            cross = Cross(net, dense, images, seed, ALLOCATIONS, REPAIRS, batch_size=8, damage_images=64)
+            cross = Cross(net, dense, images, seed, METHODS)
             for sparsity in options.sparsities:
                 for allocation in options.allocations:
                     cross.run(table, sparsity, allocation, options.repairs)

@@ -16,6 +16,7 @@ Cells = dict[tuple[str, str], list[float]]
 Curves = dict[str, dict[float, list[float]]]
 """Values by name and sparsity."""
 
+TOP1 = "Top-1 in per cent; of several seeds the mean and, in brackets, lowest to highest."
 MARKS = "os^DvPX*<>h"
 
 
@@ -25,6 +26,19 @@ def lines_of(cells: Cells, names: list[str], columns: list[str], corner: str = "
     page = [f"| {corner} | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
     for name in (name for name in names if any(name == of for of, _ in cells)):
         page.append(f"| {name} | " + " | ".join(mean_and_spread(cells.get((name, of), [])) for of in present) + " |")
+    return page
+
+
+def crosses(rows: Iterable[Row], allocations: Iterable[str], repairs: Iterable[str], value: str = "top1") -> list[str]:
+    """A table for every network, sparsity and number of test images: lines are allocations, columns repairs."""
+    names, columns, page = list(allocations), list(repairs), list[str]()
+    groups: dict[tuple[str, str, str], Cells] = {}
+    for row in rows:
+        cells = groups.setdefault((row["net"], row["sparsity"], row["test_images"]), {})
+        cells.setdefault((row["allocation"], row["repair"]), []).append(float(row[value]))
+    for (net, sparsity, count), cells in groups.items():
+        page += ["", f"### {net}, {100 * float(sparsity):g} % masked, {count} test images", ""]
+        page += lines_of(cells, names, columns)
     return page
 
 
