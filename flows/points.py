@@ -42,7 +42,7 @@ class Planner:
 
     def resolved(self, point: Point) -> dict[str, str]:
         """What the point's moving names point to. Raises InputError subclasses when something named is not there."""
-        named = ("dense", "calibration.source", "evaluation.source", "evaluation.labels")
+        named = ("dense", "calibration.source", "calibration.labels", "evaluation.source", "evaluation.labels")
         shared = keys.canonical(point.params.slice(named))
         if shared not in self._resolved:
             self._resolved[shared] = resolve.resolve(point.params)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from heal.errors import ArchitectureError, MethodError
 from heal.families.discovery import batch_norms
@@ -79,9 +79,13 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationContext(Context):
-    """images: the calibration images, for the allocators that run the model."""
+    """images: the calibration images, for the allocators that run the model.
+
+    labels: int64 [n], the classes of the images in their order, for allocators that were told to read them.
+    """
 
     images: Images | None = None
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,18 @@ from heal.allocators import ALLOCATORS
 from heal.errors import BudgetError, ImagesError, MethodError
 from heal.healers import HEALERS
 from heal.images import Images, Replay
-from heal.method import AllocationContext, Allocator, HealContext, Healer, HealingReport, Pruner, after, check, taps
+from heal.method import (
+    AllocationContext,
+    Allocator,
+    HealContext,
+    Healer,
+    HealingReport,
+    Pruner,
+    after,
+    check,
+    name_of,
+    taps,
+)
 from heal.naming import nearest
 from heal.progress import Report, quiet
 from heal.pruned import apply, describe_cuts, refuse_broken
@@ -64,6 +75,10 @@ def recompress(
     _refuse_types(budget, healers)
     allocate, prune = method(ALLOCATORS, allocator, "allocator"), method(PRUNERS, pruner, "pruner")
     heal = [method(HEALERS, healer, "healer") for healer in healers]
+    if "labels" in allocate.needs:
+        raise MethodError(
+            f"allocator {name_of(allocate)} reads labels, and recompress takes none; choose another fitness"
+        )
     check(model, budget, allocate, prune, heal)
     refuse_broken(model)
     teacher = copy.deepcopy(model).eval()

@@ -24,6 +24,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     context = AllocationContext(
         statistics=artifacts.load_statistics(inputs["activations"], comoments="images" in allocator.needs),
         images=_images(inputs, progress) if "images" in allocator.needs or budget.unit == "macs" else None,
+        labels=artifacts.load_labels(inputs["calibration"]) if "labels" in allocator.needs else None,
         seed=section.seed,
         checkpoints=progress.checkpoints,
         checkpoint_saved=progress.checkpoint_saved,

@@ -49,6 +49,16 @@ def load_statistics(folder: Path, comoments: bool = True) -> dict[str, LayerStat
     }
 
 
+def save_labels(labels: Tensor, folder: Path) -> None:
+    """labels.safetensors: class indices [n], int64, in the order of the images."""
+    _save({"labels": labels}, folder / "labels.safetensors")
+
+
+def load_labels(folder: Path) -> Tensor:
+    """What `save_labels` wrote."""
+    return load_file(folder / "labels.safetensors")["labels"]
+
+
 def save_allocation(allocation: Allocation, method: str, params: Mapping[str, Any], folder: Path) -> None:
     """allocation.json."""
     content = {

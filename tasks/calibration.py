@@ -1,9 +1,9 @@
-"""Stage: a fixed set of unlabeled images, drawn by (seed, count), each known to decode."""
+"""Stage: a fixed set of images, drawn by (seed, count) whatever their labels, each known to decode."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from heal import bundle
 from heal.errors import ImagesError
 from heal.images import shuffled
 from tasks import artifacts, data
+from tasks.classes import Classes
 from tasks.preprocessing import decode
 
 if TYPE_CHECKING:
@@ -32,10 +34,17 @@ _SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("imag
 
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
-    """Write images.parquet and calibration.json. Raises ImagesError."""
+    """Write images.parquet and calibration.json; labels.safetensors, too, when `calibration.labels` allows it.
+
+    The log says whether labels are read. Raises ImagesError.
+    """
     section, drawing = params.calibration, _drawing(params)
-    progress.log(f"draws {section.count} of {len(drawing.ids)} images of {drawing.source.name}; labels are not read")
-    digest = data.IdsDigest()
+    labels = _labels(section, drawing.source, inputs["dense"], progress.fallback)
+    progress.log(
+        f"draws {section.count} of {len(drawing.ids)} images of {drawing.source.name}; labels are "
+        f"{'not read' if labels is None else 'read (calibration.labels)'}"
+    )
+    digest, drawn = data.IdsDigest(), list[str]()
     with (
         pq.ParquetWriter(output / "images.parquet", _SCHEMA, compression="none") as writer,
         progress.track("images", section.count) as advance,
@@ -44,18 +53,23 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
             writer.write_table(pa.table(list(zip(*group, strict=True)), schema=_SCHEMA), row_group_size=ROW_GROUP)
             for image, encoded in group:
                 digest.add(image, encoded)
+                drawn.append(image)
             advance(len(group))
     for image in drawing.skipped:
         progress.log(f"skipped {image}: it cannot be decoded")
-    artifacts.write_json(
-        output / "calibration.json", _described(drawing, digest.hex(), params.evaluation.source, inputs)
-    )
+    described = _described(drawing, digest.hex(), params.evaluation.source, inputs)
+    if labels is not None:
+        artifacts.save_labels(torch.tensor([labels[image] for image in drawn]), output)
+        described["labels"] = True
+    artifacts.write_json(output / "calibration.json", described)
     return {"images": float(section.count), "skipped": float(len(drawing.skipped))}
 
 
-def rehearse(params: Params) -> None:
-    """Draw and decode, and keep nothing. Raises ImagesError."""
-    for _ in _drawing(params).images():
+def rehearse(params: Params, dense: Path) -> None:
+    """Draw, decode and read what labels are allowed, and keep nothing. Raises ImagesError."""
+    drawing = _drawing(params)
+    _labels(params.calibration, drawing.source, dense)
+    for _ in drawing.images():
         pass
 
 
@@ -63,6 +77,21 @@ def _drawing(params: Params) -> _Drawing:
     section, evaluation = params.calibration, params.evaluation.source
     source, ids = data.for_calibration(section.source, evaluation)
     return _Drawing(section, source, ids, _contents(evaluation, data.is_shared(section.source, evaluation)))
+
+
+def _labels(
+    section: Calibration, source: data.Source, dense: Path, fallback: Callable[[str], None] | None = None
+) -> Mapping[str, int] | None:
+    """Class indices by id, or None when they must not be read. Raises ImagesError."""
+    if not section.labels:
+        return None
+    labels = Classes.of(dense).of_source(source, fallback)
+    if labels is None:
+        raise ImagesError(
+            f"calibration.labels is true, but {source.name} has no labels; choose a calibration.source that has them, "
+            "or set it to false"
+        )
+    return labels
 
 
 @dataclass

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from heal import bundle
 from heal.errors import ImagesError
 from heal.naming import nearest
 from tasks import artifacts
+
+if TYPE_CHECKING:
+    from tasks.data import Source
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class Classes:
         """Those of the dense stage's artifact."""
         names = bundle.read(dense / "bundle")["class_names"]
         return cls(artifacts.read_json(dense / "dense.json")["classes"], None if names is None else tuple(names))
+
+    def of_source(self, source: Source, fallback: Callable[[str], None] | None = None) -> dict[str, int] | None:
+        """Class indices by id, by the source's own labels; None where it has none. Raises ImagesError."""
+        labels = source.labels()
+        return None if labels is None else self.indices(labels, source.name, fallback)
 
     def indices(
         self, labels: Mapping[str, int | str], origin: str, fallback: Callable[[str], None] | None = None
@@ -41,11 +50,11 @@ class Classes:
                 f"{min(names)} = 0 to {max(names)} = {len(names) - 1}; dense.class_names would say it for sure"
             )
         found = {image: places[label] if isinstance(label, str) else label for image, label in labels.items()}
-        beyond = next((image for image, index in found.items() if index >= self.count), None)
+        beyond = next((image for image, index in found.items() if not 0 <= index < self.count), None)
         if beyond is not None:
             raise ImagesError(
                 f"{origin}: the label of {beyond} is {found[beyond]}, but the network has {self.count} classes, 0 to "
-                f"{self.count - 1}; check evaluation.labels and dense.source"
+                f"{self.count - 1}; check the labels and dense.source"
             )
         return found
 
@@ -59,6 +68,6 @@ class Classes:
         if names and len(names) != self.count:
             raise ImagesError(
                 f"{origin} names {len(names)} classes, the network has {self.count}: which is which is unknown. Name "
-                "them all in dense.class_names, use class numbers, or give evaluation.labels a CSV file"
+                "them all in dense.class_names, or use class numbers (evaluation.labels takes a CSV file of them)"
             )
         return {name: rank for rank, name in enumerate(sorted(names))}

@@ -71,7 +71,7 @@ def read_labels(
     if section.labels is False:
         return None, None
     if section.labels is True:
-        return _tensor(classes.indices(_own_labels(source), source.name, fallback), ids), None
+        return _tensor(_own_labels(source, classes, fallback), ids), None
     table = data.read_labels(Path(section.labels), ids)
     subsets = None if section.subsets is None else table.column(section.subsets, ids)
     return _tensor(classes.indices(table.labels, table.path.name), ids), subsets
@@ -85,15 +85,17 @@ def load_source(
     ids = list(source.ids())
     rows = ((image, source.read(image)) for image in ids)
     pixels = array(rows, len(ids), preprocessing, work / "images.npy")
-    return pixels, _tensor(classes.indices(_own_labels(source), source.name), ids), ids
+    return pixels, _tensor(_own_labels(source, classes), ids), ids
 
 
 def _tensor(labels: Mapping[str, int], ids: Sequence[str]) -> Tensor:
     return torch.tensor([labels[image] for image in ids])
 
 
-def _own_labels(source: data.Source) -> Mapping[str, int | str]:
-    labels = source.labels()
+def _own_labels(
+    source: data.Source, classes: Classes, fallback: Callable[[str], None] | None = None
+) -> Mapping[str, int]:
+    labels = classes.of_source(source, fallback)
     if labels is None:
         raise ImagesError(
             f"evaluation.labels is true, but {source.name} has no labels; name a CSV file with columns file,label, "

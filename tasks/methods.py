@@ -62,9 +62,9 @@ def healer(sections: Sections, method: str) -> Healer:
 
 
 def needs(sections: Sections) -> list[str]:
-    """The union of the statistics that the named methods read, sorted."""
+    """The union of the statistics that the named methods read, sorted; labels are none."""
     made = (_build(section, method, sections) for section, method in named(sections))
-    return sorted(frozenset().union(*(method.needs for method in made)))
+    return sorted(frozenset().union(*(method.needs for method in made)) - {"labels"})
 
 
 def completed(section: str, method: str, options: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -80,7 +80,12 @@ def keys(section: str, method: str) -> list[str]:
 
 
 def contradictions(sections: Sections, place: Callable[[str], str]) -> Iterator[str]:
-    """Why the named methods cannot work on this budget, if they cannot; one line each."""
+    """Why the named methods cannot work on this budget, or without labels, if they cannot; one line each."""
+    yield from _other_units(sections, place)
+    yield from _labels_forbidden(sections, place)
+
+
+def _other_units(sections: Sections, place: Callable[[str], str]) -> Iterator[str]:
     budget = sections.allocation.budget.build()
     unit = budget.removes
     for section, method in named(sections):
@@ -93,6 +98,16 @@ def contradictions(sections: Sections, place: Callable[[str], str]) -> Iterator[
             f"{place(key)}: {key} = {method} works on {works_on}, but allocation.budget is in {budget.unit} "
             f"({place('allocation.budget')}); give a budget in {works_on}, or choose one of: {', '.join(others)}"
         )
+
+
+def _labels_forbidden(sections: Sections, place: Callable[[str], str]) -> Iterator[str]:
+    for section, method in named(sections):
+        if "labels" in _build(section, method, sections).needs and not sections.calibration.labels:
+            key = f"{section}.{method}.fitness"
+            yield (
+                f"{place(key)}: {key} = labels reads the labels of the calibration images, but calibration.labels is "
+                f"false ({place('calibration.labels')}); set it to true, or choose a fitness that reads none"
+            )
 
 
 def _unit(section: str, method: str) -> str:

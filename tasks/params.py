@@ -133,6 +133,8 @@ class Params:
         Of the methods' params only those of the methods named count. A method's name alone
         (`healing.methods`) stands for the statistics that those methods need, as `needs`.
         """
+        # A permission that is not given counts in no section: what was made before there was such a param is found.
+        without = PERMISSIONS if self.sections.calibration.labels else (*PERMISSIONS, "calibration.labels")
         found: dict[str, Json] = {}
         for key in keys:
             section, _, leaf = key.partition(".")
@@ -141,7 +143,7 @@ class Params:
             elif leaf:
                 found[section] = {**_mapping(found.get(section)), leaf: self._plain(section)[leaf]}
             else:
-                found[section] = self._plain(section, PERMISSIONS)
+                found[section] = self._plain(section, without)
         return found
 
     def restrict(self, keys: Sequence[str]) -> Params:

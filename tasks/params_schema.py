@@ -110,6 +110,7 @@ class Calibration(Section):
     seed: Seed = 0
     corrupt: Literal["refuse", "skip"] = "refuse"
     max_skipped: Share = 0.01
+    labels: bool = False
 
 
 class Activations(Section):

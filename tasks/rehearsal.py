@@ -57,7 +57,7 @@ def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) 
         _refuse_methods(params, models.load(dense, params.dense.adapter_allow), size)
         _refuse_labels(params, dense)
         if not planned["calibration"].cached:
-            calibration.rehearse(params.restrict(STAGES["calibration"].params))
+            calibration.rehearse(params.restrict(STAGES["calibration"].params), dense)
         _refuse_name(params, dense)
 
 

@@ -134,16 +134,7 @@ def _cut(line: str) -> dict[str, Any]:
 
 def _limits(facts: Facts) -> Iterator[str]:
     """What the figures do not say."""
-    if facts.evaluation["labels"]:
-        yield (
-            f"Top-1 uses the labels of the {facts.images:,} evaluation images. The calibration set that pruning and "
-            "healing saw holds images only, and shares none with the evaluation."
-        )
-    else:
-        yield (
-            "No labels were used, not even to measure. Agreement says how often the answer is the dense model's, not "
-            "how often it is right."
-        )
+    yield from _labels(facts)
     share = facts.rows[-1].top1 if facts.evaluation["labels"] else facts.rows[-1].agreement
     if share is not None:
         error = 100 * sqrt(share * (1 - share) / facts.images)
@@ -156,6 +147,27 @@ def _limits(facts: Facts) -> Iterator[str]:
     yield from (
         note for report in facts.healing for note in (f"{report['method']}: {text}" for text in report["notes"])
     )
+
+
+def _labels(facts: Facts) -> Iterator[str]:
+    """What labels were read for."""
+    allowed = bool(facts.calibration.get("labels"))
+    if facts.evaluation["labels"]:
+        yield (
+            f"Top-1 uses the labels of the {facts.images:,} evaluation images. The calibration set that pruning and "
+            f"healing saw {'' if allowed else 'holds images only, and '}shares none with the evaluation."
+        )
+    else:
+        yield (
+            f"No labels were used{' to measure' if allowed else ', not even to measure'}. Agreement says how often the "
+            "answer is the dense model's, not how often it is right."
+        )
+    if allowed:
+        judged = bool(facts.allocation.get("evidence", {}).get("labels"))
+        yield (
+            "The calibration set holds the labels of its images (calibration.labels): "
+            f"{'the allocation was chosen by them, pruning and healing saw none' if judged else 'no method read them'}."
+        )
 
 
 def _passed_over(facts: Facts) -> Iterator[str]:

@@ -29,7 +29,7 @@ def resolve_images(params: Params) -> dict[str, str]:
     """The same of images and labels alone."""
     found = {}
     if params.calibration.source.startswith(LOCAL):
-        found["calibration.source"] = _images(params.calibration.source)
+        found["calibration.source"] = _images(params.calibration.source, labelled=params.calibration.labels)
     if params.evaluation.source.startswith(LOCAL):
         found["evaluation.source"] = _images(params.evaluation.source, labelled=params.evaluation.labels is True)
     if isinstance(params.evaluation.labels, str):

@@ -11,10 +11,11 @@ population is the constant genome and uniform ones in (0, 1). Every next one is 
 before: half by uniform crossover, the first of them again the constant genome, and half by mutation, which
 multiplies a tenth of the genes by 1 + N(0, 1). No parent survives; the best of the last population is the answer.
 
-Deviations. The source's fitness is top-1 by labels on images drawn with replacement and augmented; no label is
-read here, so there is no such fitness, and the images are the first of the calibration set as they are. Where
-P + extra > 1 the surplus is all that may stay, so that no layer starts below nothing (`clamp: official`: it does).
-The source's input noise of 1e-6 is left out: it cannot regularise anything.
+Deviations. The source's fitness is top-1 by labels; here that is a choice (`fitness: labels`), not the default, and
+log and evidence say when labels were read. The source draws the images that judge with replacement and augments
+them; here they are the first of the calibration set as they are. Where P + extra > 1 the surplus is all that may
+stay, so that no layer starts below nothing (`clamp: official`: it does). The source's input noise of 1e-6 is left
+out: it cannot regularise anything.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from heal.allocators.pool import Include, Pool, refuse_parts
-from heal.allocators.trial import Fitness, Judge, Norms, Trial, at_most, refuse_trial
+from heal.allocators.trial import Fitness, Judge, Norms, Trial, at_most, labels_of, refuse_trial
 from heal.errors import MethodError
 from heal.images import generator
 from heal.method import AllocationContext
@@ -47,7 +48,7 @@ LEAST = 1e-12
 
 @dataclass(frozen=True)
 class Evolutionary:
-    """The allocation whose masked network answers most like the dense one, of those that evolution tries.
+    """The allocation whose masked network is the fittest of those that evolution tries.
 
     include: parts beside the table's layers that are pruned too (the source prunes all of them).
     population, generations, parents: 2 <= parents < population, generations >= 1; 25, 25 and 10 (the source).
@@ -57,7 +58,8 @@ class Evolutionary:
         their shares; "official" loses it as the source does. Then less is kept than the budget asks for, against
         the law of exact budgets, and log and evidence say so.
     images: how many of the calibration images judge, >= 1; 10240 (the source). batch_size: >= 1; 64.
-    fitness: "agreement" with the dense network, or "kl" (see `trial`).
+    fitness: "agreement" with the dense network, or "kl" (see `trial`); "labels" (the source), top-1 by the labels
+        of the context, ties broken by minus the divergence from the dense network.
     bn: how BatchNorm statistics are estimated: "cumulative", or "ema_reset" (the source).
     """
 
@@ -70,12 +72,12 @@ class Evolutionary:
     clamp: Literal["redistribute", "official"] = "redistribute"
     images: int = 10240
     batch_size: int = 64
-    fitness: Judge = "agreement"
+    fitness: Literal["agreement", "kl", "labels"] = "agreement"
     bn: Norms = "cumulative"
 
     def __post_init__(self) -> None:
         refuse_parts("evolutionary", self.include)
-        refuse_trial("evolutionary", self.images, self.fitness, self.bn)
+        refuse_trial("evolutionary", self.images, self.fitness, self.bn, ("agreement", "kl", "labels"))
         refuse_unknown("evolutionary.clamp", self.clamp, ("redistribute", "official"))
         if not 2 <= self.parents < self.population:
             raise MethodError(
@@ -89,8 +91,8 @@ class Evolutionary:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Images, to judge the candidates."""
-        return frozenset({"images"})
+        """Images, to judge the candidates, and their labels where the fitness is by them."""
+        return frozenset({"images", "labels"} if self.fitness == "labels" else {"images"})
 
     def allocate(self, model: nn.Module, budget: Budget, context: AllocationContext) -> Allocation:
         """Weights kept in every layer; the evidence has the winner's genome and the best of every generation.
@@ -98,10 +100,10 @@ class Evolutionary:
         Saves after every generation and goes on from there. Raises ImagesError, NumericalError.
         """
         pool = Pool.of(model, self.include, budget, context)
-        images = at_most(context, self.images, "evolutionary")
+        images, judge = at_most(context, self.images, "evolutionary"), self._judge(context)
         checkpoint = _Checkpoint(self, pool, context)
         past = checkpoint.restore()
-        trial = Trial(model, pool.weights, images, self.batch_size, self.fitness, self.bn)
+        trial = Trial(model, pool.weights, images, self.batch_size, judge, self.bn)
         while len(past) <= self.generations:
             past.append(self._generation(past, pool, trial, context))
             checkpoint.save(past)
@@ -120,6 +122,14 @@ class Evolutionary:
         removed = {layer: min(max(1 - base - gain, 0.0), 1.0) for layer, gain in gains.items()}
         counts = {layer: total - math.floor(removed[layer] * total + 1e-9) for layer, total in pool.totals.items()}
         return pool.counted(counts)
+
+    def _judge(self, context: AllocationContext) -> Judge | Tensor:
+        """What judges, as a trial takes it."""
+        if self.fitness != "labels":
+            return self.fitness
+        labels = labels_of(context, self.images, "evolutionary")
+        context.log(f"labels of {len(labels)} calibration images are read (evolutionary.fitness)")
+        return labels
 
     def _next(self, past: list[Generation], pool: Pool, seed: int) -> Tensor:
         """The genomes of the next population [candidates, layers]."""
@@ -155,6 +165,8 @@ class Evolutionary:
             "evaluations": sum(len(generation.genomes) for generation in past),
             "generations": [generation.summary for generation in past],
         }
+        if self.fitness == "labels":
+            evidence["labels"] = True
         found = self.allocation(pool, winner)
         if self.clamp == "official":
             evidence["lost"] = found.asked - found.got

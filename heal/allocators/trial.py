@@ -1,8 +1,9 @@
-"""How good an allocation is, judged without labels: mask the network by it and ask it what the dense one was asked.
+"""How good an allocation is: mask the network by it and ask it what the dense one was asked.
 
 A candidate is the dense network with the weights of least magnitude zeroed, layer by layer as the allocation
 says, and its BatchNorm statistics estimated anew (a masked network answers near chance with the dense ones).
-Its fitness is how well its answers to the calibration images fit the dense network's.
+Its fitness is how well its answers to the calibration images fit the dense network's, or the labels of those
+images where a method was given them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from heal.batchnorm import reestimate
 from heal.errors import ImagesError, MethodError
-from heal.evaluation import agreement, predict
+from heal.evaluation import agreement, predict, top1
 from heal.families.discovery import batch_norms
 from heal.images import ImageArray, Images, Replay, is_array
 from heal.method import AllocationContext
@@ -41,25 +42,34 @@ class Trial:
     """Judges candidates on one working copy of the dense network, which is refilled for each.
 
     layers: those whose weights a candidate masks. images: calibration images, as `at_most` gives them; they
-    are walked twice for a candidate, once where there is no BatchNorm. The dense network, in eval mode, is
-    only read, and answers once. Memory beside the copy: one int32 for each weight of the layers.
+    are walked twice for a candidate, once where there is no BatchNorm. judge: what comes first, or the labels
+    [n] of the images, as `labels_of` gives them: then it is top-1. The dense network, in eval mode, is only
+    read, and answers once. Memory beside the copy: one int32 for each weight of the layers. Raises ImagesError.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Iterable[str], images: Images, batch_size: int, judge: Judge, norms: Norms
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        images: Images,
+        batch_size: int,
+        judge: Judge | Tensor,
+        norms: Norms,
     ) -> None:
         self._images, self._batch_size, self._judge, self._norms = images, batch_size, judge, norms
         self._dense = {layer: _weight(model, layer) for layer in layers}
         self._ranks = {layer: _ranks(weight) for layer, weight in self._dense.items()}
         self._answers = predict(model, images, batch_size)
+        if isinstance(judge, Tensor):
+            _refuse_labels(judge, self._answers)
         self._known: dict[tuple[int, ...], Fitness] = {}
         self.network = copy.deepcopy(model).eval()
 
     def fitness(self, kept: Mapping[str, int]) -> Fitness:
         """What the network is worth that keeps so many weights of every layer. Raises NumericalError.
 
-        The agreement is in [0, 1]; the divergence is KL(dense || masked) in nats, the mean over images. A
-        candidate that was tried is not tried again: it would answer the same.
+        Agreement and top-1 are in [0, 1]; the divergence is KL(dense || masked) in nats, the mean over images.
+        A candidate that was tried is not tried again: it would answer the same.
         """
         counts = tuple(kept[layer] for layer in self._ranks)
         if counts not in self._known:
@@ -69,7 +79,10 @@ class Trial:
     def _tried(self, kept: Mapping[str, int]) -> Fitness:
         self.refill(kept)
         answers = predict(self.network, self._images, self._batch_size)
-        same, near = agreement(self._answers, answers), -divergence(self._answers, answers)
+        near = -divergence(self._answers, answers)
+        if isinstance(self._judge, Tensor):
+            return top1(answers, self._judge), near
+        same = agreement(self._answers, answers)
         return (same, near) if self._judge == "agreement" else (near, same)
 
     def refill(self, kept: Mapping[str, int]) -> None:
@@ -100,12 +113,39 @@ def at_most(context: AllocationContext, count: int, method: str) -> Images:
     return _Batches(images, count)
 
 
-def refuse_trial(method: str, images: int, judge: str, norms: str = "cumulative") -> None:
-    """Raise MethodError unless a searching method's params mean something."""
-    refuse_unknown(f"{method}.fitness", judge, ("agreement", "kl"))
+def labels_of(context: AllocationContext, count: int, method: str) -> Tensor:
+    """The labels [n] of the images that `at_most` gives. Raises ImagesError."""
+    images, labels = context.images, context.labels
+    if labels is None:
+        raise ImagesError(
+            f"{method}.fitness = 'labels' reads the labels of the calibration images and was given none; give its "
+            "context labels, or choose 'agreement' or 'kl'"
+        )
+    if images is not None and is_array(images) and labels.shape != images.shape[:1]:
+        raise ImagesError(f"labels {list(labels.shape)} do not fit images {list(images.shape)}: one label an image")
+    return labels[:count]
+
+
+def refuse_trial(
+    method: str, images: int, judge: str, norms: str = "cumulative", known: Iterable[str] = ("agreement", "kl")
+) -> None:
+    """Raise MethodError unless a searching method's params mean something; `known`: what may judge."""
+    refuse_unknown(f"{method}.fitness", judge, known)
     refuse_unknown(f"{method}.bn", norms, ("cumulative", "ema_reset"))
     if images < 1:
         raise MethodError(f"{method}.images = {images} must be at least 1")
+
+
+def _refuse_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raise ImagesError unless every image has a label, and the network a class for it."""
+    top1(logits, labels)  # it refuses another number of labels
+    classes = logits.shape[1]
+    strange = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
+    if strange:
+        raise ImagesError(
+            f"labels: that of image {strange[0]} is {int(labels[strange[0]])}, but the network has {classes} classes, "
+            f"0 to {classes - 1}; leave out images of unknown class"
+        )
 
 
 def _weight(model: nn.Module, layer: str) -> Tensor:

@@ -45,10 +45,11 @@ class HubDataset:
         return path.read_bytes()
 
     def labels(self) -> Mapping[str, int] | None:
-        """Class indices by id, or None without a column of type ClassLabel."""
+        """Class indices by id, -1 where the class is unknown; None without a column of type ClassLabel."""
         if not any(isinstance(kind, datasets.ClassLabel) for kind in self._rows.features.values()):
             return None
-        return dict(zip(self.ids(), map(int, self._rows[self._column(datasets.ClassLabel)]), strict=True))
+        found = self._rows[self._column(datasets.ClassLabel)]
+        return {image: -1 if label is None else int(label) for image, label in zip(self.ids(), found, strict=True)}
 
     @cached_property
     def _rows(self) -> Any:

@@ -187,6 +187,28 @@ def _a_repair_of_norms_that_are_not_there(workplace: Workplace) -> tuple[str, ..
     return ("batchnorm_recalibration works on BatchNorms", "has none")
 
 
+def _search(workplace: Workplace, calibration: str) -> None:
+    _edit(
+        workplace,
+        "{method: global_variance, budget: {neurons: 0.5}, global_variance: {multiple: 8}}",
+        "{method: evolutionary, budget: {weights: 0.5}, evolutionary: {fitness: labels}}",
+    )
+    _edit(workplace, "pruning: {method: variance}", "pruning: {method: magnitude}")
+    _edit(workplace, "methods: [closed_form, starfish]", "methods: [starfish]")
+    _edit(workplace, "calibration: {source: digits, count: 32}", f"calibration: {calibration}")
+
+
+def _labels_that_must_not_be_read(workplace: Workplace) -> tuple[str, ...]:
+    _search(workplace, "{source: digits, count: 32}")
+    return ("params.yaml:4: allocation.evolutionary.fitness = labels", "calibration.labels is false", "set it to true")
+
+
+def _labels_that_are_not_there(workplace: Workplace) -> tuple[str, ...]:
+    _pictures(workplace.folder / "pictures", 40)
+    _search(workplace, '{source: "imagefolder:pictures", count: 32, labels: true}')
+    return ("calibration.labels is true, but imagefolder:pictures has no labels", "choose a calibration.source")
+
+
 MISTAKES = [
     _misspelled_key,
     _fifty,
@@ -203,6 +225,8 @@ MISTAKES = [
     _budget_that_cannot_be_met,
     _methods_that_do_not_go_together,
     _a_repair_of_norms_that_are_not_there,
+    _labels_that_must_not_be_read,
+    _labels_that_are_not_there,
     _no_limit_on_quality,
     _no_such_device,
     _no_such_device_for_a_model_to_train,

@@ -19,6 +19,7 @@ import pytest
 from tests.flows.test_bad_input import Command, regrow, workplace
 from tests.flows.workplace import REGROW, Workplace
 from tests.tasks.page import Page
+from tests.tasks.pictures import table
 from tests.test_docs import ROOT, blocks, commands
 
 __all__ = ["regrow", "workplace"]  # fixtures
@@ -342,3 +343,17 @@ def test_a_mistake_on_the_command_line_says_what_to_do(
 def test_a_file_that_is_not_there_is_named(workplace: Workplace, regrow: Command) -> None:
     code, errors = regrow("sweep", "nowhere.yaml")
     assert code == 2 and "nowhere.yaml" in errors
+
+
+def test_images_whose_labels_a_point_may_read_are_others_than_without(workplace: Workplace) -> None:
+    from flows.points import Planner
+    from tasks import sweep_file
+
+    table(workplace.folder / "pictures.parquet", 8, {"label": [0, 1] * 4})
+    methods = "  allowed: {allocation.method: uniform, calibration.labels: true, healing.methods: [none]}\n"
+    text = SWEEP[: SWEEP.index("  lost:")] + methods + SWEEP[SWEEP.index("budgets:") :]
+    (workplace.folder / "sweep.yaml").write_text(text)
+    sweep = sweep_file.load(workplace.folder / "sweep.yaml", ["calibration.source=parquet:pictures.parquet"])
+    planner = Planner()
+    found = [planner.resolved(point)["calibration.source"] for point in sweep.points]  # two methods, two seeds each
+    assert found[0] == found[1] != found[2] == found[3]

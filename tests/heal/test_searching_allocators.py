@@ -353,7 +353,7 @@ def test_params_that_make_no_search_are_refused() -> None:
         ({"images": 0}, "images = 0"),
         ({"extra": 0.0}, "extra = 0 is not a share"),
         ({"clamp": "oficial"}, "did you mean 'official'"),
-        ({"fitness": "labels"}, "fitness = 'labels' is unknown"),
+        ({"fitness": "label"}, "did you mean 'labels'"),
         ({"bn": "exact"}, "bn = 'exact' is unknown"),
         ({"include": ("stem", "stem")}, "twice"),
     ):

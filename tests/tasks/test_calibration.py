@@ -1,4 +1,5 @@
-"""The calibration stage: images drawn by (seed, count), without labels, disjoint from evaluation, known to decode."""
+"""The calibration stage: images drawn by (seed, count), whatever their labels, disjoint from evaluation, known to
+decode."""
 
 from __future__ import annotations
 
@@ -12,29 +13,34 @@ import torch
 from heal import bundle
 from heal.errors import ImagesError
 from tasks import artifacts, calibration, data
-from tasks.images import load_calibration
+from tasks.images import load_calibration, load_evaluation
 from tasks.params import load
 from tasks.preprocessing import Preprocessing
-from tasks.progress import Progress
+from tasks.progress import Display, Progress
 from tasks.table import STAGES
 from tests.heal import nets
 from tests.tasks.pictures import folder, picture, table
+from tests.tasks.test_images import Heard
 
 PREPROCESSING = Preprocessing((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LABELS = "calibration.labels=true"
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dense")
     bundle.save(nets.build("vit"), root / "bundle", metadata={"preprocessing": PREPROCESSING.described()})
+    artifacts.write_json(root / "dense.json", {"classes": nets.CLASSES})
     return root
 
 
-def drawn(dense: Path, output: Path, *overrides: str) -> tuple[list[str], dict[str, Any]]:
+def drawn(
+    dense: Path, output: Path, *overrides: str, display: Display | None = None
+) -> tuple[list[str], dict[str, Any]]:
     """Run the stage; the ids in order, and calibration.json."""
     output.mkdir(parents=True, exist_ok=True)
     params = load(None, overrides).restrict(STAGES["calibration"].params)
-    calibration.run(params, {"dense": dense}, output, Progress(output / "work"))
+    calibration.run(params, {"dense": dense}, output, Progress(output / "work", display))
     return pq.read_table(output / "images.parquet")["id"].to_pylist(), artifacts.read_json(output / "calibration.json")
 
 
@@ -114,7 +120,61 @@ def test_no_label_is_read(dense: Path, pictures: Path, tmp_path: Path, monkeypat
         raise AssertionError("labels were read")
 
     monkeypatch.setattr(ImageFolder, "labels", refuse)
-    drawn(dense, tmp_path / "out", *apart(pictures, tmp_path))
+    heard = Heard()
+    drawn(dense, tmp_path / "out", *apart(pictures, tmp_path), display=heard)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"images.parquet", "calibration.json"}
+    assert heard.lines == ["draws 8 of 40 images of imagefolder:pictures; labels are not read"]
+    with pytest.raises(AssertionError, match="labels were read"):
+        drawn(dense, tmp_path / "labelled", *apart(pictures, tmp_path), LABELS)
+
+
+def test_labels_that_are_allowed_are_kept_and_draw_no_other_image(dense: Path, pictures: Path, tmp_path: Path) -> None:
+    overrides, heard = apart(pictures, tmp_path), Heard()
+    ids, without = drawn(dense, tmp_path / "without", *overrides)
+    again, described = drawn(dense, tmp_path / "out", *overrides, LABELS, display=heard)
+    assert artifacts.load_labels(tmp_path / "out").tolist() == [int(image.partition("/")[0]) for image in ids]
+    assert again == ids and described == without | {"labels": True}
+    files = [tmp_path / name / "images.parquet" for name in ("without", "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert heard.lines == ["draws 8 of 40 images of imagefolder:pictures; labels are read (calibration.labels)"]
+
+
+def test_labels_are_kept_as_the_networks_classes(dense: Path, tmp_path: Path) -> None:
+    """By their place among the network's names, as in an evaluation of the same images."""
+    named = tmp_path / "named"
+    names = ["owl", "cat", "dog", *"abcdefg"]
+    bundle.save(
+        nets.build("vit"), named / "bundle", metadata={"preprocessing": PREPROCESSING.described(), "class_names": names}
+    )
+    artifacts.write_json(named / "dense.json", {"classes": nets.CLASSES})
+    pictures = folder(tmp_path / "pictures", [f"{kind}/{n}.png" for kind in ("cat", "dog", "owl") for n in range(4)])
+    ids, _ = drawn(named, tmp_path / "out", *apart(pictures, tmp_path, 12), LABELS)
+    artifacts.write_json(tmp_path / "calibration.json", {"shared": False})
+    section = load(None, [f"evaluation.source=imagefolder:{pictures}"]).evaluation
+    evaluated = load_evaluation(section, named, tmp_path, Progress(tmp_path / "work"))
+    assert evaluated.labels is not None
+    by_id = dict(zip(evaluated.ids, evaluated.labels.tolist(), strict=True))
+    assert artifacts.load_labels(tmp_path / "out").tolist() == [by_id[image] for image in ids]
+    assert by_id["owl/0.png"] == 0
+    with pytest.raises(ImagesError, match="names 3 classes, the network has 10"):
+        drawn(dense, tmp_path / "unnamed", *apart(pictures, tmp_path), LABELS)
+
+
+@pytest.mark.parametrize(("label", "message"), [(-1, "the label of x3 is -1"), (10, "10, but the network has 10 cl")])
+def test_an_image_of_unknown_class_is_refused_by_name(label: int, message: str, dense: Path, tmp_path: Path) -> None:
+    columns = {"id": [f"x{n}" for n in range(8)], "label": [*range(3), label, *range(4)]}
+    source = f"calibration.source=parquet:{table(tmp_path / 'a.parquet', 8, columns)}"
+    overrides = [*apart(folder(tmp_path / "unused", ["x.png"]), tmp_path), source]
+    with pytest.raises(ImagesError, match=message):
+        drawn(dense, tmp_path / "out", *overrides, LABELS)
+    drawn(dense, tmp_path / "without", *overrides)
+
+
+def test_a_source_without_labels_is_refused_when_they_are_wanted(dense: Path, tmp_path: Path) -> None:
+    flat = folder(tmp_path / "flat", [f"{n}.png" for n in range(8)])
+    with pytest.raises(ImagesError, match=r"calibration\.labels is true, but imagefolder:flat has no labels; choose"):
+        drawn(dense, tmp_path / "out", *apart(flat, tmp_path), LABELS)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_digits_are_drawn_from_the_training_side(dense: Path, tmp_path: Path) -> None:

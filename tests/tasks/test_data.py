@@ -265,12 +265,12 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_at_its_commit(tmp_path: Pat
     repository = tmp_path / "hub" / "datasets--some--birds"
     snapshot = repository / "snapshots" / COMMIT
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["crow", "wren"])})
-    rows = {"picture": [{"bytes": picture(n), "path": None} for n in range(3)], "kind": [1, 0, 1]}
+    rows = {"picture": [{"bytes": picture(n), "path": None} for n in range(3)], "kind": [1, 0, None]}
     (snapshot / "data").mkdir(parents=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(snapshot / "data" / "train-00000-of-00001.parquet")
     assert hub(tmp_path, f"hf:some/birds@{COMMIT}") == (
         f'[["train:00000000", "train:00000001", "train:00000002"], {[len(picture(n)) for n in range(3)]}, '
-        '{"train:00000000": 1, "train:00000001": 0, "train:00000002": 1}]'
+        '{"train:00000000": 1, "train:00000001": 0, "train:00000002": -1}]'
     )
     assert "not in the local cache" in hub(tmp_path, f"hf:some/birds@{'f' * 40}")
     assert "cannot be read" in hub(tmp_path, f"hf:some/birds@{COMMIT}:validation")

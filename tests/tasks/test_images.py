@@ -42,6 +42,9 @@ class Heard:
     def log(self, message: str) -> None:
         self.lines.append(message)
 
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
     def show(self, description: str, done: int, total: int) -> None:
         pass
 
@@ -226,6 +229,8 @@ def test_a_label_beyond_the_networks_classes_is_refused(tmp_path: Path) -> None:
     root = folder(tmp_path / "images", ["3/a.png", "10/b.png"])
     with pytest.raises(ImagesError, match=r"the label of 10/b\.png is 10, but the network has 10 classes, 0 to 9"):
         evaluation(tmp_path, False, f"evaluation.source=imagefolder:{root}")
+    with pytest.raises(ImagesError, match="the label of b is -1"):  # what the hub calls unknown
+        Classes(10).indices({"a": 0, "b": -1}, "here")
 
 
 def test_evaluation_takes_labels_and_subsets_from_a_table(tmp_path: Path) -> None:

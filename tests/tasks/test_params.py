@@ -219,6 +219,33 @@ def test_permissions_are_part_of_no_key() -> None:
     assert load(None, ["dense.adapter_allow=[a.b:c]"]).slice(["dense"]) == load(None).slice(["dense"])
 
 
+def test_labels_count_in_a_key_only_where_they_may_be_read() -> None:
+    without, explicit = load(None), load(None, ["calibration.labels=false"])
+    assert without.slice(["calibration"]) == explicit.slice(["calibration"])
+    assert "labels" not in without.slice(["calibration"])["calibration"]  # type: ignore[operator]
+    assert load(None, ["calibration.labels=true"]).slice(["calibration"])["calibration"]["labels"] is True  # type: ignore[index,call-overload]
+    assert without.flat()["calibration.labels"] is False, "but it is told"
+
+
+def test_a_search_by_labels_is_refused_until_they_may_be_read(tmp_path: Path) -> None:
+    mask = ["allocation.budget={weights: 0.5}", "pruning.method=magnitude", "healing.methods=[none]"]
+    by_labels = [*mask, "allocation.method=evolutionary", "allocation.evolutionary.fitness=labels"]
+    (line,) = refusal(None, *by_labels)
+    assert line == (
+        "-S allocation.evolutionary.fitness=labels: allocation.evolutionary.fitness = labels reads the labels of the "
+        "calibration images, but calibration.labels is false (default); set it to true, or choose a fitness that reads "
+        "none"
+    )
+    (line,) = refusal(written(tmp_path, "calibration:\n  labels: false\n"), *by_labels)
+    assert "is false (params.yaml:2)" in line
+    allowed = load(None, [*by_labels, "calibration.labels=true"])
+    assert allowed.allocator().needs == {"images", "labels"}
+    assert allowed.slice(STAGES["activations"].params)["needs"] == ["images"], "labels are no statistic"
+    assert not load(None, [*mask, "allocation.method=uniform", by_labels[-1]]).allocator().needs, "it is not named"
+    (line,) = refusal(None, *mask, "allocation.method=sequence", "allocation.sequence.fitness=labels")
+    assert "allocation.sequence.fitness = labels: must be 'agreement' or 'kl'" in line
+
+
 @pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
 def test_a_stage_reads_only_what_it_declares(stage: Any) -> None:
     params = load(None).restrict(stage.params)

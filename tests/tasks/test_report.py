@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,8 @@ from tasks.progress import Progress
 from tasks.table import MOVING, STAGES
 from tests.tasks.page import Page
 from tests.tasks.published import CASES, DEIT, baseline, deit, digits, masked, write
+
+Case = Callable[[Path], dict[str, Path]]
 
 
 def run(inputs: dict[str, Path], output: Path, title: str | None = None) -> str:
@@ -104,6 +107,25 @@ def test_a_mask_promises_no_speed_and_no_accuracy_it_did_not_measure(tmp_path: P
     assert "No labels were used, not even to measure." in page.text
     assert "Top-1" not in page.text
     assert "blocks.11.attn.qkv" in page.text
+
+
+@pytest.mark.parametrize("judged", [True, False], ids=["judged", "stored"])
+@pytest.mark.parametrize("case", [digits, masked], ids=["labels", "unlabelled"])
+def test_labels_of_calibration_images_are_told_of(case: Case, judged: bool, tmp_path: Path) -> None:
+    inputs = case(tmp_path / "in")
+    before = Page(run(inputs, tmp_path / "before")).text
+    for stage, entries in (
+        ("calibration", {"labels": True}),
+        ("allocation", {"evidence": {"labels": True} if judged else {}}),
+    ):
+        path = inputs[stage] / f"{stage}.json"
+        write(path, json.loads(path.read_text()) | entries)
+    text = Page(run(inputs, tmp_path / "out")).text
+    assert "512 unlabeled images" in before and "512 labelled images" in text
+    assert "holds images only" not in text and "not even to measure" not in text
+    assert "holds images only" in before or "not even to measure" in before
+    told = "the allocation was chosen by them, pruning and healing saw none" if judged else "no method read them"
+    assert f"The calibration set holds the labels of its images (calibration.labels): {told}." in text
 
 
 def test_a_baseline_claims_nothing(tmp_path: Path) -> None:
