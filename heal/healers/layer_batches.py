@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from heal.images import Images, Replay, is_array
+from heal.images import Images, Replay
 from heal.modes import Listener, listening
 
 Pair = tuple[Tensor, Tensor]
@@ -76,12 +76,11 @@ class Drawn:
             yield self._pair(number)
 
     def _pair(self, number: int) -> Pair:
-        batch = self.batches[number]
         if number in self.kept:
             entered, left = self.kept[number]
             device = next(self.site.student.parameters()).device
             return entered.to(device), left.to(device)
-        pair = self.site.pair(batch)
+        pair = self.site.pair(self.batches[number])
         held = sum(entered.nbytes + left.nbytes for entered, left in self.kept.values())
         if held + pair[0].nbytes + pair[1].nbytes <= self.cache_bytes:
             self.kept[number] = (pair[0].cpu(), pair[1].cpu())
@@ -90,7 +89,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class _Dealt(Sequence[Tensor]):
-    """The batches of an image array by number, fetched when they are asked for."""
+    """Batches by number, fetched when they are asked for: of a stream by walking up to it, so that none is held."""
 
     replay: Replay
 
@@ -102,9 +101,8 @@ class _Dealt(Sequence[Tensor]):
 
 
 def numbered(images: Images, batch_size: int) -> Sequence[Tensor]:
-    """The batches by number; those of a stream are held in memory, as they can only be walked."""
-    replay = Replay(images, batch_size)
-    return _Dealt(replay) if is_array(images) else list(replay)
+    """The batches by number."""
+    return _Dealt(Replay(images, batch_size))
 
 
 def _seen(model: nn.Module, images: Tensor, *taps: str) -> list[Tensor]:
