@@ -30,29 +30,44 @@ class Sums(Protocol):
 
 
 class PatchStream:
-    """Moments of the patches of images with even (0) and odd (1) number."""
+    """Moments of the patches of images with even (0) and odd (1) number.
+
+    The images are the outermost part of a layer's first axis, which may hold several rows of each (Swin's windows).
+    Where that cannot be, as the rows are no multiple of the images, they depend on no single image and count in both.
+    """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self.layer = layer
-        self.seen = 0
+        self.first = self.images = 0
         self.halves: list[Sums] = []
 
+    def begin(self, images: int) -> None:
+        """A forward pass of so many images begins; the layer may be called several times in it."""
+        self.first += self.images
+        self.images = images
+
     def add(self, x: Tensor) -> None:
-        """Take in a batch of the layer's input."""
+        """Take in the layer's input [rows, ...]."""
         if not self.halves:
             kind = Correlation if is_correlated(self.layer) else Columns
             self.halves = [kind(self.layer, x) for _ in HALVES]
         for half in HALVES:
-            chosen = x[(half - self.seen) % 2 :: 2]
+            chosen = self._rows(half, x)
             if len(chosen):
                 self.halves[half].add(chosen.float())
-        self.seen += len(x)
 
     def results(self, tap: str) -> dict[str, LayerStats]:
         """By tap: "<layer>.patches/0" and "/1". Raises NumericalError when a half saw no image."""
-        if self.seen < len(HALVES):
-            raise NumericalError(f"statistics: {tap} needs two images at least; {self.seen} passed it")
+        seen = self.first + self.images
+        if seen < len(HALVES) or not self.halves:
+            raise NumericalError(f"statistics: {tap} needs two images at least; {seen} passed it")
         return {f"{tap}/{half}": self.halves[half].moments() for half in HALVES}
+
+    def _rows(self, half: int, x: Tensor) -> Tensor:
+        rows, rest = divmod(len(x), self.images)
+        if rest:
+            return x
+        return x.reshape(self.images, rows, *x.shape[1:])[(half - self.first) % 2 :: 2].flatten(0, 1)
 
 
 class Columns:

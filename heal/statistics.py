@@ -57,6 +57,8 @@ def capture(
     with evaluating(model), torch.inference_mode(), listening(model, _listeners(streams, waiting, stop_early)):
         for done, batch in enumerate(replay, start=1):
             waiting.update(streams)
+            for stream in streams.values():
+                stream.begin(len(batch))
             with suppress(_AllSeen):
                 model(batch.to(device))
             report("activations", done, total)
@@ -140,6 +142,9 @@ class _Stream:
     def __init__(self, channel_axis: int, comoment: bool) -> None:
         self.channel_axis, self.comoment = channel_axis, comoment
         self.total: LayerStats | None = None
+
+    def begin(self, images: int) -> None:
+        """Its rows are pooled over the images, so it need not know them."""
 
     def add(self, x: Tensor) -> None:
         x = x.movedim(self.channel_axis, -1)

@@ -99,6 +99,7 @@ def test_moments_of_every_kind_of_patch(kind: str, size: tuple[int, int]) -> Non
     stream = PatchStream(layer)
     assert is_correlated(layer) == (kind in ("plain", "depthwise", "same"))
     for batch in x.split(3):
+        stream.begin(len(batch))
         stream.add(batch)
     for half, stats in enumerate(stream.results("layer.patches").values()):
         rows = patches(layer, x[half::2]).double().permute(1, 2, 0, 3).flatten(2).numpy()
@@ -120,9 +121,52 @@ def test_moments_round_alike_in_batches_of_any_size(groups: int) -> None:
     for batch_size in (1, 5, 64):
         stream = PatchStream(layer)
         for batch in x.split(batch_size):
+            stream.begin(len(batch))
             stream.add(batch)
         found = stream.results("layer.patches")["layer.patches/0"].comoment
         assert (found - expected).abs().max() <= 2e-6 * expected.max(), batch_size
+
+
+@pytest.mark.parametrize("layer", ["layers.0.blocks.0.attn.qkv", "layers.0.blocks.1.attn.proj", "layers.1.downsample"])
+def test_halves_are_of_images_where_a_layer_sees_windows(layer: str) -> None:
+    model, images = nets.build("swin"), nets.images(6)
+    tap = f"{layer}.reduction.patches" if layer.endswith("downsample") else f"{layer}.patches"
+    others = torch.cat([images[:, None], 3 * nets.images(6, seed=1)[:, None]], 1)
+    for batch_size in (6, 3):
+        before, after = (
+            capture(model, others[torch.arange(6), odd], {tap: True}, batch_size)
+            for odd in (torch.zeros(6).long(), torch.arange(6) % 2)
+        )
+        assert torch.equal(before[f"{tap}/0"].comoment, after[f"{tap}/0"].comoment), "only odd images changed"
+        assert not torch.allclose(before[f"{tap}/1"].comoment, after[f"{tap}/1"].comoment, rtol=0.1)
+
+
+class _Twice(nn.Module):
+    """One convolution, called on a map and on the map at half the resolution."""
+
+    def __init__(self, pool: bool) -> None:
+        super().__init__()
+        self.stem, self.again, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.again(self.pool(self.again(self.stem(x)).relu())).mean((2, 3)))
+        return out
+
+
+def test_a_layer_that_is_called_twice_keeps_its_halves_apart() -> None:
+    model, images = _Twice(pool=False).eval(), nets.images(6)
+    changed = torch.where(torch.arange(6).view(-1, 1, 1, 1) % 2 == 1, 3 * images.flip(0), images)
+    for batch_size in (3, 6):
+        before, after = (capture(model, x, {"again.patches": True}, batch_size) for x in (images, changed))
+        assert before["again.patches/0"].count == 2 * 3 * nets.SIZE**2
+        assert torch.equal(before["again.patches/0"].comoment, after["again.patches/0"].comoment)
+
+
+def test_a_layer_that_sees_no_images_counts_in_both_halves() -> None:
+    tap = "layers.0.blocks.0.attn.cpb_mlp.0.patches"  # of positions, one row whatever the images
+    found = capture(nets.build("swinv2"), nets.images(4), {tap: True})
+    assert torch.equal(found[f"{tap}/0"].comoment, found[f"{tap}/1"].comoment)
 
 
 def test_one_image_is_not_two_halves() -> None:
