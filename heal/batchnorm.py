@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from heal.errors import ImagesError
 from heal.families.discovery import batch_norms
 from heal.images import Images, Replay, is_array
+from heal.merging import merge
 from heal.modes import evaluating, listening
 from heal.progress import Report, quiet
-from heal.statistics import merge, moments
+from heal.statistics import moments
 from heal.values import LayerStats
 
 Mode = Literal["cumulative", "ema_reset", "exact"]

@@ -6,12 +6,14 @@ weight: a whole grid of densities costs one pass.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from heal.errors import NumericalError
+from heal.merging import merge
 from heal.patch_correlation import Correlation, finished, is_correlated
 from heal.patches import patches
 from heal.values import LayerStats
@@ -34,12 +36,14 @@ class PatchStream:
 
     The images are the outermost part of a layer's first axis, which may hold several rows of each (Swin's windows).
     Where that cannot be, as the rows are no multiple of the images, they depend on no single image and count in both.
+    Correlations are of one size of map, the first that came; what has another size is laid out in columns.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self.layer = layer
         self.first = self.images = 0
-        self.halves: list[Sums] = []
+        self.size: torch.Size | None = None
+        self.halves: tuple[dict[type, Sums], dict[type, Sums]] = ({}, {})
 
     def begin(self, images: int) -> None:
         """A forward pass of so many images begins; the layer may be called several times in it."""
@@ -48,20 +52,29 @@ class PatchStream:
 
     def add(self, x: Tensor) -> None:
         """Take in the layer's input [rows, ...]."""
-        if not self.halves:
-            kind = Correlation if is_correlated(self.layer) else Columns
-            self.halves = [kind(self.layer, x) for _ in HALVES]
-        for half in HALVES:
-            chosen = self._rows(half, x)
-            if len(chosen):
-                self.halves[half].add(chosen.float())
+        self.size = self.size or x.shape[1:]
+        kind = Correlation if is_correlated(self.layer) and x.shape[1:] == self.size else Columns
+        for half, sums in enumerate(self.halves):
+            chosen = self._rows(half, x).float()
+            if len(chosen) == 0:
+                continue
+            if kind not in sums:
+                sums[kind] = kind(self.layer, chosen)
+            sums[kind].add(chosen)
 
     def results(self, tap: str) -> dict[str, LayerStats]:
-        """By tap: "<layer>.patches/0" and "/1". Raises NumericalError when a half saw no image."""
-        seen = self.first + self.images
-        if seen < len(HALVES) or not self.halves:
-            raise NumericalError(f"statistics: {tap} needs two images at least; {seen} passed it")
-        return {f"{tap}/{half}": self.halves[half].moments() for half in HALVES}
+        """By tap: "<layer>.patches/0" and "/1"; none of a layer that was never called.
+
+        Raises NumericalError when a half saw no image.
+        """
+        if not any(self.halves):
+            return {}
+        if not all(self.halves):
+            raise NumericalError(f"statistics: {tap} needs two images at least; {self.first + self.images} passed it")
+        return {
+            f"{tap}/{half}": reduce(merge, (part.moments() for part in sums.values()))
+            for half, sums in enumerate(self.halves)
+        }
 
     def _rows(self, half: int, x: Tensor) -> Tensor:
         rows, rest = divmod(len(x), self.images)

@@ -65,6 +65,10 @@ class Damage:
         return self.repaired[variant] / ((self.raw_nomean if variant == "rr_nomean" else self.raw) + EPS)
 
 
+UNDAMAGED = Damage(0.0, 0.0, dict.fromkeys(VARIANTS, 0.0), 0.0)
+"""Of a layer that is never called."""
+
+
 class Layer:
     """A layer ready to be masked at any density: its weights in order, and what does not depend on the mask.
 

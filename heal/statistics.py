@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from heal.errors import NumericalError
 from heal.families.discovery import channel_axis
 from heal.images import Images, Replay
+from heal.merging import merge
 from heal.modes import Listener, evaluating, listening
 from heal.patch_moments import PatchStream
 from heal.progress import Report, quiet
@@ -42,7 +43,7 @@ def capture(
     """Moments at every tap ("<module>.input" or ".output"; True asks for the second moment as well).
 
     A tap "<layer>.patches" gives two, ".patches/0" and ".patches/1": the second moments of what its weight
-    multiplies, over the images with even and with odd number.
+    multiplies, over the images with even and with odd number; none for a layer that is never called.
 
     Rows are pooled over images and positions; channels are the last axis of what a Linear sees and
     axis 1 of what a convolution sees. The model is run once, in eval mode, without gradients, and
@@ -91,22 +92,6 @@ def _listeners(
         return listen
 
     return {tap: listener(tap, stream) for tap, stream in streams.items()}
-
-
-def merge(a: LayerStats, b: LayerStats) -> LayerStats:
-    """The moments of both populations together (Chan, Golub and LeVeque 1979)."""
-    count = a.count + b.count
-    delta = b.mean - a.mean
-    weight = a.count * b.count / count
-    comoment = None
-    if a.comoment is not None and b.comoment is not None:
-        comoment = a.comoment + b.comoment + weight * torch.outer(delta, delta)
-    return LayerStats(
-        count=count,
-        mean=a.mean + delta * (b.count / count),
-        m2=a.m2 + b.m2 + weight * delta.square(),
-        comoment=comoment,
-    )
 
 
 def moments(rows: Tensor, comoment: bool = False) -> LayerStats:

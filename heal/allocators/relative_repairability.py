@@ -20,7 +20,7 @@ from heal.errors import ImagesError, MethodError
 from heal.images import Replay
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
-from heal.repairability import VARIANTS, Damage, Layer, Variant, channel_weights
+from heal.repairability import UNDAMAGED, VARIANTS, Damage, Layer, Variant, channel_weights
 from heal.values import Allocation, Budget
 from heal.wiring import trace
 
@@ -87,7 +87,7 @@ def refuse_rule(method: str, rule: Rule, strength: float, probe: Probe) -> None:
 
 
 def measured(model: nn.Module, pool: Pool, context: AllocationContext) -> Measure:
-    """The damage of masking one layer of the pool, remembered by layer and density."""
+    """The damage of masking one layer of the pool, remembered by layer and density; none where it is never called."""
     if context.images is None:
         raise ImagesError("images: one is needed to see which norm follows which layer; pass the calibration images")
     wiring = trace(model, pool.weights, next(iter(Replay(context.images, 1)))[:1])
@@ -95,6 +95,8 @@ def measured(model: nn.Module, pool: Pool, context: AllocationContext) -> Measur
     known: dict[tuple[str, float], Damage] = {}
 
     def measure(name: str, density: float) -> Damage:
+        if name not in wiring.order:
+            return UNDAMAGED
         if name not in layers:
             norm = wiring.norm_after.get(name)
             weights = channel_weights(model.get_submodule(norm) if norm else None, len(pool.weights[name]))

@@ -44,12 +44,13 @@ def greedy(pool: Pool, curves: Callable[[str, float], float]) -> dict[str, float
     """Buy, from the least densities on, whatever lowers the sum of the curves most per unit of budget.
 
     curves(layer, density): the damage that stays; of each the lower convex hull over the grid counts,
-    on which buying the steepest segment next is optimal.
+    on which buying the steepest segment next is optimal. What costs nothing, as it is never used, stays.
     """
-    densities = least(pool)
-    size = {layer: total * pool.cost[layer] for layer, total in pool.totals.items()}
+    size = pool.sizes
+    densities = {layer: start if size[layer] else 1.0 for layer, start in least(pool).items()}
     segments = []
-    for number, (layer, start) in enumerate(densities.items()):
+    for number, layer in enumerate(layer for layer in densities if size[layer]):
+        start = densities[layer]
         points = [(d, curves(layer, d)) for d in (start, *(g for g in GRID if g > start))]
         hull = _lower_hull(points)
         for (left, high), (right, low) in pairwise(hull):

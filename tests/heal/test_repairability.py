@@ -163,6 +163,36 @@ def test_a_layer_that_is_called_twice_keeps_its_halves_apart() -> None:
         assert torch.equal(before["again.patches/0"].comoment, after["again.patches/0"].comoment)
 
 
+def test_maps_of_two_sizes_count_together() -> None:
+    model, images = _Twice(pool=True).eval(), nets.images(4)
+    found = capture(model, images, {"again.patches": True}, 2)
+    seen: list[Tensor] = []
+    hook = model.again.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        model(images)
+    hook.remove()
+    for half in (0, 1):
+        rows = [patches(model.again, x[half::2]).double().permute(1, 2, 0, 3).reshape(72, -1) for x in seen]
+        columns, stats = torch.cat(rows, 1).numpy(), found[f"again.patches/{half}"]
+        assert stats.count == columns.shape[1] == 2 * (nets.SIZE**2 + nets.SIZE**2 // 4)
+        assert np.allclose(stats.mean, columns.mean(1), atol=1e-5)
+        assert np.allclose(stats.covariance[0], np.cov(columns, ddof=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("allocator", [RelativeRepairability, RawDamage])
+@pytest.mark.parametrize("rule", ["prior", "greedy"])
+@pytest.mark.parametrize("unit", ["weights", "macs"])
+def test_a_layer_that_is_never_called_has_no_damage(allocator: type, rule: str, unit: str) -> None:
+    model, method = _Twice(pool=True).eval(), allocator(include=("stem",), rule=rule)
+    model.add_module("unused", nn.Conv2d(8, 8, 1))
+    batches = [nets.images(4), nets.images(4, size=24)]
+    context = AllocationContext(statistics=capture(model, batches, taps(model, [method])), images=batches)
+    found = method.allocate(model, Budget(**{unit: 0.5}), context)
+    assert set(found.kept) == {"stem", "again", "unused"}
+    assert 0 <= found.asked - found.got < max(found.cost.values(), default=1)
+    assert set(found.evidence["raw_damage"]["unused"]) == {0}
+
+
 def test_a_layer_that_sees_no_images_counts_in_both_halves() -> None:
     tap = "layers.0.blocks.0.attn.cpb_mlp.0.patches"  # of positions, one row whatever the images
     found = capture(nets.build("swinv2"), nets.images(4), {tap: True})

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from heal.errors import ImagesError, NumericalError
 from heal.families.lookup import describe
-from heal.statistics import capture, merge, moments
+from heal.merging import merge
+from heal.statistics import capture, moments
 from tests.heal import nets
 
 WITH_PAIRS = ["vit", "deit", "swin", "swinv2", "convnext"]
