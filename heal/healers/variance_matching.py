@@ -3,17 +3,20 @@
 Source: the statistics correction of OBC (Frantar and Alistarh 2022, github.com/IST-DASLab/OBC), which hooks
 the outputs of BatchNorm and LayerNorm while it measures. Here it is folded into the norm's own weight and
 bias (r the ratio of standard deviations): weight <- r weight, bias <- r (bias - mean_p) + mean_d. Where a
-branch ends in a LayerScale, that is matched too, in variance alone, as it has no bias. No weight matrix
-changes, so masks hold; no hook stays.
+branch ends in a LayerScale, that is matched too, in variance alone, as it has no bias. Norms that do more than
+weight * x_hat + bias are left alone: those with an activation inside, and GlobalResponseNorm, which adds its input. No
+weight matrix changes, so masks hold; no hook stays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from heal.errors import MethodError
 from heal.families.discovery import is_batch_norm, is_layer_scale
@@ -22,6 +25,7 @@ from heal.healers.matching import BATCH, in_order, variance
 from heal.healers.reporting import reported
 from heal.images import Images, first
 from heal.method import HealContext, HealingReport, name_of
+from heal.modes import evaluating
 from heal.values import LayerStats
 from heal.wiring import trace
 
@@ -49,7 +53,8 @@ class VarianceMatching:
     def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> str | None:
         batches = first(images, self.images, BATCH)
         scales = [name for name, module in teacher.named_modules() if is_layer_scale(module)]
-        sites = [name for name in describe(teacher).norms if _is_affine(teacher.get_submodule(name))]
+        norms = _affine(teacher, batches[0][:1])
+        sites = [name for name, is_affine in norms.items() if is_affine]
         order = trace(teacher, [*sites, *scales], batches[0][:1]).order
 
         def correct(tap: str, dense: LayerStats, pruned: LayerStats) -> None:
@@ -61,8 +66,8 @@ class VarianceMatching:
             )
 
         in_order(student, teacher, batches, [_tap(teacher, name) for name in order], correct, context, name_of(self))
-        left = len(describe(teacher).norms) - len(sites)
-        return f"{left} norms with an activation inside were left alone" if left else None
+        left = len(norms) - len(sites)
+        return f"{left} norms that do more than weight * x_hat + bias were left alone" if left else None
 
 
 def _tap(model: nn.Module, name: str) -> str:
@@ -91,7 +96,29 @@ def _match(module: nn.Module, dense_mean: Tensor, dense_std: Tensor, mean: Tenso
             bias.copy_((ratio * (bias.double().cpu() - mean) + dense_mean).to(bias))
 
 
-def _is_affine(norm: nn.Module) -> bool:
-    """Nothing after its weight and bias, or a BatchNorm."""
-    bent = any(not isinstance(part, nn.Identity) for part in norm.children())
-    return is_batch_norm(norm) or not bent
+def _affine(model: nn.Module, image: Tensor) -> dict[str, bool]:
+    """Of every norm that is called, whether it is weight * x_hat + bias; a BatchNorm is, up to its activation."""
+    asked: dict[str, tuple[Tensor, ...]] = {}
+
+    def entered(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            asked[name] = args
+
+        return note
+
+    norms = {name: model.get_submodule(name) for name in describe(model).norms}
+    handles = [norm.register_forward_pre_hook(entered(name)) for name, norm in norms.items()]
+    with evaluating(model), torch.no_grad():
+        try:
+            model(image.to(next(model.parameters()).device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: is_batch_norm(norms[name]) or _is_affine(norms[name], args) for name, args in asked.items()}
+
+
+def _is_affine(norm: nn.Module, args: tuple[Tensor, ...]) -> bool:
+    """Whether -2 times its weight and bias give -2 times the answer: nothing is added, and no activation follows."""
+    own = dict(norm.named_parameters(recurse=False))
+    once, other = (functional_call(norm, {name: k * value for name, value in own.items()}, args) for k in (1, -2))
+    return torch.allclose(other, -2 * once, rtol=1e-4, atol=1e-4 * float(once.abs().max()))

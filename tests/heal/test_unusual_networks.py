@@ -1,0 +1,69 @@
+"""What the healers make of layers out of the ordinary: gates and scales, concatenated maps, standardised weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from heal.allocators.pool import Include
+from heal.allocators.uniform import Uniform
+from heal.compat import timm
+from heal.families.lookup import describe
+from heal.healers.variance_matching import VarianceMatching
+from heal.method import AllocationContext, HealContext
+from heal.pruned import apply
+from heal.pruners.magnitude import Magnitude
+from heal.values import Budget, Mask
+from tests.heal import nets
+
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}
+
+
+def _net(name: str, **kwargs: object) -> nn.Module:
+    model: nn.Module = timm.create_model(name, num_classes=nets.CLASSES, **kwargs)
+    nets.randomise(model)
+    return model.eval()
+
+
+def _student(dense: nn.Module, include: Include = (), sparsity: float = 0.7) -> tuple[nn.Module, Mask]:
+    allocation = Uniform(include=include).allocate(dense, Budget(weights=sparsity), AllocationContext())
+    mask = Magnitude().prune(dense, allocation, {})
+    student = copy.deepcopy(dense)
+    apply(student, mask)
+    return student, mask
+
+
+def _moments(model: nn.Module, images: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [d] of a module's output."""
+    kept: list[Tensor] = []
+    module = model.get_submodule(name)
+    hook = module.register_forward_hook(lambda _, __, output: kept.append(output.detach().double().clone()))
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    maps = isinstance(module, nn.Conv2d) or type(module).__name__.endswith("2d")
+    rows = kept[0].movedim(1, -1) if maps else kept[0]
+    rows = rows.reshape(-1, rows.shape[-1])
+    return rows.mean(0), rows.std(0, correction=0)
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny"])
+def test_variance_matching_leaves_norms_alone_that_add_their_input(name: str) -> None:
+    """The small ones hold theirs as [1, d, 1, 1] maps, the large ones channels last."""
+    dense, images = _net(name, **CONVNEXT), nets.images(8)
+    student, mask = _student(dense)
+    before = copy.deepcopy(student.state_dict())
+    report = VarianceMatching(images=8).heal(student, dense, images, HealContext(pruned=mask))
+    norms = {norm: type(dense.get_submodule(norm)).__name__ for norm in describe(dense).norms}
+    added = [norm for norm, kind in norms.items() if kind == "GlobalResponseNorm"]
+    assert len(added) == 4 and report.notes[0].startswith("4 norms")
+    for norm in norms:
+        if norm in added:
+            assert torch.equal(student.state_dict()[f"{norm}.weight"], before[f"{norm}.weight"])
+            continue
+        (mean_d, std_d), (mean_p, std_p) = (_moments(model, images, norm) for model in (dense, student))
+        assert torch.allclose(mean_p, mean_d, atol=1e-4 * float(std_d.max())), norm
+        assert torch.allclose(std_p, std_d, rtol=1e-3, atol=1e-4 * float(std_d.max())), norm
