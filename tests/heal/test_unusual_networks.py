@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from heal import masking
 from heal.allocators.pool import Include
 from heal.allocators.uniform import Uniform
 from heal.compat import timm
@@ -19,6 +20,7 @@ from heal.pruners.magnitude import Magnitude
 from heal.values import Budget, Mask
 from tests.heal import nets
 
+VIT = {"img_size": nets.SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "init_values": 0.1}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}
 
 
@@ -67,3 +69,15 @@ def test_variance_matching_leaves_norms_alone_that_add_their_input(name: str) ->
         (mean_d, std_d), (mean_p, std_p) = (_moments(model, images, norm) for model in (dense, student))
         assert torch.allclose(mean_p, mean_d, atol=1e-4 * float(std_d.max())), norm
         assert torch.allclose(std_p, std_d, rtol=1e-3, atol=1e-4 * float(std_d.max())), norm
+
+
+def test_variance_matching_gives_every_layer_scale_the_dense_variance() -> None:
+    dense, images = _net("vit_tiny_patch16_224", **VIT), nets.images(8)
+    student, mask = _student(dense)
+    pruned = copy.deepcopy(student)
+    report = VarianceMatching(images=8).heal(student, dense, images, HealContext(pruned=mask))
+    assert masking.holds(student, mask) and not report.notes
+    for scale in ("blocks.0.ls1", "blocks.0.ls2", "blocks.1.ls1", "blocks.1.ls2"):
+        wanted, found, unhealed = (_moments(model, images, scale)[1] for model in (dense, student, pruned))
+        assert torch.allclose(found, wanted, rtol=1e-4), scale
+        assert not torch.allclose(unhealed, wanted, rtol=0.1), scale
