@@ -1,15 +1,18 @@
 """ASR, Adaptive Signal Resuscitation: give every channel its dense variance back, the less the weaker it is.
 
-Source: arXiv 2605.21426, Algorithm 1. Per convolution before a BatchNorm, the first excepted, on its output
-before the norm (dense v_d, pruned v_p, both over images and positions):
+Source: arXiv 2605.21426, Algorithm 1. Per convolution, the first excepted, on its very output, before any norm
+(dense v_d, pruned v_p, both over images and positions):
 
     g = sqrt(v_d / v_p)    s = v_p / (v_p + median(v_p))    gamma = s g + (1 - s)
     W <- gamma W           b <- gamma b + E[Y_d] - gamma E[Y_p]
 
 Deviations: a bias is scaled with its filter, so that the mean comes out right (the paper's networks have
-none); without a bias the shift goes into the BatchNorm's running mean, which is the same; a layer half
-of whose channels are dead is left alone (the paper leaves that open). Before a recalibration that
-forgets (`cumulative`, `exact`) all of this changes nothing, as BatchNorm divides it out again.
+none); without a bias the shift goes into the running mean of the BatchNorm that takes the output, which is
+the same, and is left out where none does (DenseNet concatenates first); a layer half of whose channels are
+dead is left alone (the paper leaves that open). A Linear that feeds a BatchNorm counts as a convolution. Before
+a recalibration that forgets (`cumulative`, `exact`) this changes nothing wherever all that a convolution feeds
+is BatchNorm, which divides it out again; a convolution that no BatchNorm follows, as in a squeeze-and-excitation,
+keeps what it was given.
 """
 
 from __future__ import annotations
@@ -85,16 +88,21 @@ def rescale(
     context: HealContext,
     name: str,
 ) -> None:
-    """Multiply every convolution that feeds a BatchNorm, but the first layer, by its gains."""
+    """Multiply every convolution, but the first layer, by its gains; correct the mean where that adds no bias."""
     layers = [layer for layer, _ in called(teacher)]
     wiring = trace(teacher, layers, images[0][:1])
-    taps = [f"{layer}.output" for layer in wiring.order[1:] if layer in wiring.norm_after]
+    taps = [
+        f"{layer}.output"
+        for layer in wiring.order[1:]
+        if layer in wiring.norm_after or isinstance(teacher.get_submodule(layer), nn.Conv2d)
+    ]
 
     def correct(tap: str, dense: LayerStats, pruned: LayerStats) -> None:
         layer = tap.removesuffix(".output")
         gamma = gains(variance(dense), variance(pruned))
-        scale(student.get_submodule(layer), gamma)
-        if mean:
+        module = student.get_submodule(layer)
+        scale(module, gamma)
+        if mean and (module.bias is not None or layer in wiring.norm_after):
             shift(student, layer, dense.mean - gamma * pruned.mean, wiring)
 
     in_order(student, teacher, images, taps, correct, context, name)

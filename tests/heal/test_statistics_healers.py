@@ -231,8 +231,6 @@ def test_asr_is_its_algorithm_written_out(name: str) -> None:
     dense, student, mask = _masked(name)
     wiring = trace(dense, [n for n, m in dense.named_modules() if isinstance(m, nn.Conv2d)], images[:1])
     for layer in wiring.order[1:]:
-        if layer not in wiring.norm_after:
-            continue
         (mean_d, v_d), (mean_p, v_p) = (_moments(model, images, layer, "output") for model in (dense, student))
         prior = float(np.median(v_p))
         weight = v_p / (v_p + prior)

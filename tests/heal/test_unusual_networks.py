@@ -8,19 +8,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from heal import masking
+from heal import batchnorm, masking
 from heal.allocators.pool import Include
 from heal.allocators.uniform import Uniform
 from heal.compat import timm
+from heal.families.discovery import batch_norms
 from heal.families.lookup import describe
+from heal.healers.layerwise_variance import LayerwiseVariance
+from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.variance_matching import VarianceMatching
-from heal.method import AllocationContext, HealContext
+from heal.method import AllocationContext, HealContext, Healer
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.values import Budget, Mask
+from heal.wiring import trace
 from tests.heal import nets
 
 VIT = {"img_size": nets.SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "init_values": 0.1}
+DENSENET = {"growth_rate": 8, "block_config": (2, 2, 1, 1)}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)}
 
 
@@ -81,3 +86,47 @@ def test_variance_matching_gives_every_layer_scale_the_dense_variance() -> None:
         wanted, found, unhealed = (_moments(model, images, scale)[1] for model in (dense, student, pruned))
         assert torch.allclose(found, wanted, rtol=1e-4), scale
         assert not torch.allclose(unhealed, wanted, rtol=0.1), scale
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("densenet121", DENSENET), ("mobilenetv3_small_050", {})])
+@pytest.mark.parametrize("healer", ["asr", "layerwise"])
+def test_every_convolution_but_the_first_is_rescaled(name: str, kwargs: dict[str, object], healer: str) -> None:
+    """Also those whose output is concatenated before a BatchNorm, or that a BatchNorm never sees."""
+    dense, images = _net(name, **kwargs), nets.images(8)
+    student, mask = _student(dense, ("stem", "depthwise"), 0.4)
+    method = LayerwiseVariance(8) if healer == "layerwise" else SignalResuscitation(8, shrinkage="none")
+    method.heal(student, dense, images, HealContext(pruned=mask))
+    assert masking.holds(student, mask)
+    layers = [layer for layer, module in dense.named_modules() if isinstance(module, nn.Conv2d)]
+    wiring = trace(dense, layers, images[:1])
+    assert len(wiring.order) == len(layers) and len(wiring.norm_after) < len(layers)
+    for layer in wiring.order[1:]:
+        (mean_d, std_d), (mean_p, std_p) = (_moments(model, images, layer) for model in (dense, student))
+        if healer == "layerwise":
+            assert std_p.square().mean() == pytest.approx(float(std_d.square().mean()), rel=1e-3), layer
+            continue
+        alive = std_p > 1e-6
+        assert torch.allclose(std_p[alive], std_d[alive], rtol=1e-3), layer
+        if dense.get_submodule(layer).bias is not None:
+            assert torch.allclose(mean_p, mean_d, atol=1e-3 * float(std_d.max()) + 1e-6), layer
+    first = wiring.order[0]
+    assert torch.equal(student.state_dict()[f"{first}.weight"][mask.keep[first]], _kept(dense, mask, first))
+
+
+def _kept(dense: nn.Module, mask: Mask, layer: str) -> Tensor:
+    return dense.state_dict()[f"{layer}.weight"][mask.keep[layer]]
+
+
+@pytest.mark.parametrize("healer", [LayerwiseVariance(16), SignalResuscitation(16)])
+def test_where_every_consumer_is_a_batch_norm_recalibration_undoes_a_rescaling(healer: Healer) -> None:
+    dense, images = _net("densenet121", **DENSENET), nets.images(16)
+    for norm in batch_norms(dense).values():
+        norm.eps = 1e-12
+    plain, mask = _student(dense)
+    student = copy.deepcopy(plain)
+    healer.heal(student, dense, images, HealContext(pruned=mask))
+    for model in (plain, student):
+        batchnorm.reestimate(model, images, "exact", batch_size=16)
+    with torch.no_grad():
+        expected, found = plain(images), student(images)
+    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
