@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,7 +41,8 @@ def reestimate(
     stays. All three normalise by the batch while they run, so that every layer sees repaired inputs.
     Only BatchNorms are in train mode: no dropout, no stochastic depth. An incomplete last batch would
     weigh as much as a whole one and is left out, unless it is the only one. `batches`: at most so many
-    (all; ema_reset goes around again until it has them).
+    (all; ema_reset goes around again until it has them). Raises ImagesError where a batch gives a norm
+    one value per channel, as a single image does on a map of one pixel.
     """
     norms = batch_norms(model)
     seen = 0
@@ -48,6 +50,7 @@ def reestimate(
         for norm in norms.values():
             norm.reset_running_stats()
             stack.enter_context(_training(norm, momentum if mode == "ema_reset" else None))
+        stack.enter_context(listening(model, {f"{name}.input": partial(_refuse_single, name) for name in norms}))
         exact = {name: _Rows() for name in norms} if mode == "exact" else {}
         stack.enter_context(listening(model, {f"{name}.input": rows.add for name, rows in exact.items()}))
         device = next(model.parameters()).device
@@ -59,6 +62,14 @@ def reestimate(
         for name, rows in exact.items():
             rows.write(norms[name])
     return seen
+
+
+def _refuse_single(norm: str, x: Tensor) -> None:
+    if x.numel() == x.shape[1]:
+        raise ImagesError(
+            f"images: BatchNorm {norm} sees {list(x.shape)}, a single value per channel, which has no variance; "
+            "pass batches of 2 images or more"
+        )
 
 
 def _walk(replay: Replay, chosen: list[int]) -> Iterator[Tensor]:

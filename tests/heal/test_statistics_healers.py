@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from heal import batchnorm, masking
 from heal.allocators.uniform import Uniform
+from heal.batchnorm import Mode
 from heal.errors import ArchitectureError, ImagesError, MethodError
 from heal.families.discovery import batch_norms, is_batch_norm
 from heal.families.lookup import describe
@@ -142,6 +143,17 @@ def test_batches_that_the_caller_made_are_taken_as_they_are() -> None:
     )
     with pytest.raises(ImagesError, match="none"):
         batchnorm.reestimate(as_array, [])
+
+
+@pytest.mark.parametrize("mode", ["cumulative", "ema_reset", "exact"])
+def test_a_single_image_is_refused_where_a_norm_sees_one_pixel(mode: Mode) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8))
+    images = nets.images(3)
+    for single in (images[:1], list(images.split(1))):
+        with pytest.raises(ImagesError, match=r"BatchNorm 3 sees \[1, 8, 1, 1\].*batches of 2"):
+            batchnorm.reestimate(model, single, mode)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert batchnorm.reestimate(model[:3], images[:1], mode) == 1, "a map of many pixels has a variance"
 
 
 # The identities between repairs and recalibration (methods.md 3b)
