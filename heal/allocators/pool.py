@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from heal.cost import uses
-from heal.errors import BudgetError, ImagesError, MethodError
+from heal.errors import ArchitectureError, BudgetError, ImagesError, MethodError
 from heal.families.lookup import describe
-from heal.families.parts import parts
+from heal.families.parts import parts, standardised
 from heal.images import Replay
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
@@ -38,10 +38,11 @@ class Pool:
 
     @classmethod
     def of(cls, model: nn.Module, include: Include, budget: Budget, context: AllocationContext) -> Pool:
-        """The table's layers and the included parts. Raises BudgetError, ImagesError."""
+        """The table's layers and the included parts. Raises BudgetError, ImagesError, ArchitectureError."""
         wanted = {"layers", *include}
         names = [name for name, part in parts(model, describe(model)).items() if part in wanted]
         weights = {name: model.get_submodule(name).get_parameter("weight").detach() for name in names}
+        _refuse_standardised(model, sum(weight.numel() for weight in weights.values()), context)
         if not weights:
             raise BudgetError(f"{type(model).__name__} has no weights to mask; include more, or bring a family table")
         cost = _cost(model, list(weights), context) if budget.unit == "macs" else dict.fromkeys(weights, 1)
@@ -173,6 +174,21 @@ def refuse_parts(method: str, include: Include) -> None:
 def by_shape(pool: Pool, share: Callable[[torch.Size], float]) -> dict[str, float]:
     """A share of every layer from the shape of its weight."""
     return {layer: share(weight.shape) for layer, weight in pool.weights.items()}
+
+
+def _refuse_standardised(model: nn.Module, pooled: int, context: AllocationContext) -> None:
+    """Raise ArchitectureError when most weights cannot be masked; say so in the log when a few cannot."""
+    layers = standardised(model)
+    if not layers:
+        return
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers.values()}))
+    what = f"{len(layers)} layers of {type(model).__name__} ({kinds}; {next(iter(layers))} is the first)"
+    if sum(layer.weight.numel() for layer in layers.values()) > pooled:
+        raise ArchitectureError(
+            f"{what} have a forward of their own, which may standardise the weights they store, so that zeros there "
+            "mean nothing, and hold most of the weights; choose a network of plain Linear and Conv2d"
+        )
+    context.log(f"{what} may not compute with the weights they store, so they stay dense and outside the budget")
 
 
 def _cost(model: nn.Module, layers: list[str], context: AllocationContext) -> dict[str, int]:

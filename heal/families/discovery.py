@@ -46,6 +46,15 @@ def is_plain(layer: object) -> bool:
     return known and getattr(layer, "groups", 1) == 1
 
 
+def uses_its_weight(layer: nn.Module) -> bool:
+    """A Linear or Conv2d that multiplies by the very weight it stores, so that a zero in there computes as a zero.
+
+    A subclass with a forward of its own may standardise its weight first, and so may a parametrization.
+    """
+    plain = type(layer).__name__ in PLAIN or type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    return isinstance(layer, (nn.Linear, nn.Conv2d)) and plain and "weight" in layer._parameters
+
+
 def is_depthwise(layer: object) -> bool:
     """A Conv2d with one filter a channel; cut to a single channel it still is one."""
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
@@ -78,9 +87,9 @@ def _below(model: nn.Module, roots: Iterable[str]) -> Iterator[tuple[str, nn.Mod
         yield from model.get_submodule(root).named_modules(prefix=root)
 
 
-def _is_matrix(layer: object) -> bool:
+def _is_matrix(layer: nn.Module) -> bool:
     single = getattr(layer, "groups", 1) == 1  # one channel to one channel is both, and counts as a matrix
-    return isinstance(layer, (nn.Linear, nn.Conv2d)) and (single or not is_depthwise(layer))
+    return uses_its_weight(layer) and (single or not is_depthwise(layer))
 
 
 def _is_norm(module: nn.Module) -> bool:

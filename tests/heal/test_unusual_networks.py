@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from heal import batchnorm, masking
-from heal.allocators.pool import Include
+from heal.allocators.pool import Include, Pool
 from heal.allocators.uniform import Uniform
 from heal.compat import timm
+from heal.errors import ArchitectureError
 from heal.families.discovery import batch_norms
 from heal.families.lookup import describe
+from heal.families.parts import called
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.variance_matching import VarianceMatching
@@ -130,3 +132,44 @@ def test_where_every_consumer_is_a_batch_norm_recalibration_undoes_a_rescaling(h
     with torch.no_grad():
         expected, found = plain(images), student(images)
     assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
+
+
+class _Mixed(nn.Module):
+    """A convolution, one whose weight is standardised, one with a parametrization, and a wide head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.standard = timm.layers.ScaledStdConv2d(8, 8, 3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+        self.hidden, self.head = nn.Linear(8, 256), nn.Linear(256, nets.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normed(self.standard(self.plain(self.stem(x)))).mean((2, 3))
+        out: Tensor = self.head(self.hidden(x).relu())
+        return out
+
+
+def test_layers_that_standardise_their_weight_are_in_no_pool() -> None:
+    model, said = _Mixed().eval(), list[str]()
+    assert [name for name, _ in called(model)] == ["stem", "plain", "hidden", "head"]
+    assert not {"standard", "normed"} & set(describe(model).layers)
+    everything: Include = ("stem", "depthwise", "classifier")
+    pool = Pool.of(model, everything, Budget(weights=0.5), AllocationContext(log=said.append))
+    assert list(pool.weights) == ["stem", "plain", "hidden", "head"]
+    assert said[0].startswith("2 layers of _Mixed (ParametrizedConv2d, ScaledStdConv2d; standard is the first)")
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50x1_bit", "nf_resnet26"])
+def test_a_network_of_standardised_layers_is_refused_by_name(name: str) -> None:
+    model: nn.Module = timm.create_model(name, num_classes=nets.CLASSES)
+    with pytest.raises(ArchitectureError, match=r"StdConv2d.*conv is the first\) have a forward of their own"):
+        Uniform(include=("stem", "classifier")).allocate(model, Budget(weights=0.8), AllocationContext())
+
+
+def test_subclasses_that_compute_with_their_weight_stay_in_the_pool() -> None:
+    class Named(nn.Conv2d):
+        """A name of its own, and nothing else."""
+
+    model = nn.Sequential(Named(3, 4, 3), timm.layers.Conv2dSame(4, 4, 3), timm.layers.Linear(4, 4))
+    assert len(called(model)) == 3
