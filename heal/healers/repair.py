@@ -3,6 +3,7 @@
 Source: Jordan et al. (arXiv 2211.08403), github.com/KellerJordan/REPAIR, with the dense network's statistics
 as the goal. There a BatchNorm is put behind every layer, measured and folded back; here the same fold is
 computed directly, one layer after another: W <- a W, b <- a (b - mean_p) + mean_d, a = std_d / std_p.
+Layers are the table's and whatever else is masked, such as a stem or classifier that an allocator included.
 With BatchNorm in the network the method is its recalibration; see there.
 """
 
@@ -20,7 +21,7 @@ from heal.healers.matching import BATCH, in_order, scale, shift, variance
 from heal.healers.reporting import reported
 from heal.images import Images, first
 from heal.method import HealContext, HealingReport, name_of
-from heal.values import LayerStats
+from heal.values import LayerStats, Mask
 from heal.wiring import trace
 
 
@@ -46,7 +47,9 @@ class Repair:
 
     def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> None:
         batches = first(images, self.images, BATCH)
-        wiring = trace(teacher, describe(teacher).layers, batches[0][:1])
+        assert isinstance(context.pruned, Mask)
+        layers = dict.fromkeys((*describe(teacher).layers, *context.pruned.keep))
+        wiring = trace(teacher, layers, batches[0][:1])
 
         def correct(tap: str, dense: LayerStats, pruned: LayerStats) -> None:
             layer = tap.removesuffix(".output")

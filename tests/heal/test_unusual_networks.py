@@ -17,6 +17,7 @@ from heal.families.discovery import batch_norms
 from heal.families.lookup import describe
 from heal.families.parts import called
 from heal.healers.layerwise_variance import LayerwiseVariance
+from heal.healers.repair import Repair
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.variance_matching import VarianceMatching
 from heal.method import AllocationContext, HealContext, Healer
@@ -173,3 +174,14 @@ def test_subclasses_that_compute_with_their_weight_stay_in_the_pool() -> None:
 
     model = nn.Sequential(Named(3, 4, 3), timm.layers.Conv2dSame(4, 4, 3), timm.layers.Linear(4, 4))
     assert len(called(model)) == 3
+
+
+def test_repair_takes_the_stem_and_the_classifier_where_they_are_masked() -> None:
+    dense, images = _net("vit_tiny_patch16_224", **VIT), nets.images(16)
+    student, mask = _student(dense, ("stem", "classifier"))
+    Repair(images=16).heal(student, dense, images, HealContext(pruned=mask))
+    assert masking.holds(student, mask)
+    for layer in {"patch_embed.proj", "head", *describe(dense).layers}:
+        (mean_d, std_d), (mean_p, std_p) = (_moments(model, images, layer) for model in (dense, student))
+        assert torch.allclose(mean_p, mean_d, atol=1e-4 * float(std_d.max())), layer
+        assert torch.allclose(std_p, std_d, rtol=1e-3), layer
