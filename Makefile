@@ -57,8 +57,13 @@ golden: $(STAMP)
 bench: $(STAMP)
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/cost.py
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/search_cost.py
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/repairability_cost.py
 	@test -n "$(DATA)" || echo "for the tables on ImageNet give the folder that benchmarks/README.md describes: make bench DATA=..."
 	test -z "$(DATA)" || $(BIN)/python benchmarks/deit_tiny.py --data "$(DATA)"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/cifar.py --data "$(DATA)"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/cifar_page.py
+	test -z "$(DATA)" || $(BIN)/python benchmarks/mobile.py --data "$(DATA)"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/mobile_page.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

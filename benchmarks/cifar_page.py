@@ -21,7 +21,7 @@ from benchmarks.cifar import ALLOCATIONS, REPAIRS, table_of  # noqa: E402
 from benchmarks.pages import crosses, curves, mean_and_spread, means  # noqa: E402
 from benchmarks.table import Row  # noqa: E402
 from heal.errors import InputError  # noqa: E402
-from heal.transition import Transition, locate  # noqa: E402
+from heal.transition import Transition, is_repair_sensitive, locate  # noqa: E402
 
 matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "regrow", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
@@ -62,24 +62,45 @@ def _transitions(rows: list[Row]) -> list[str]:
     ]
     for net in sorted({row["net"] for row in rows}):
         for repair in REPAIRS:
-            found = _transition(
-                row for row in rows if (row["net"], row["repair"], row["allocation"]) == (net, repair, "erk")
-            )
+            found = _transition(_curve(_erk(rows, net, repair)))
             if found:
                 count, fit = found
                 band = " to ".join(f"{100 * edge:.1f}" for edge in fit.band)
                 page.append(f"| {net} | {repair} | {count} | {100 * fit.centre:.1f} | {band} | {fit.residual:.3f} |")
+    return [*page, *_sensitive(rows)]
+
+
+def _sensitive(rows: list[Row]) -> list[str]:
+    """Where recalibration alone fails and a repair of statistics does not."""
+    page = [
+        "",
+        "Repair-sensitive (recalibration alone brings back less than 0.2 of the way, the repair more), ERK, of the",
+        "sparsities that both were measured at:",
+        "",
+    ]
+    for net in sorted({row["net"] for row in rows}):
+        for plain, repair in (("bn cumulative", "variance_matching"), ("bn ema_reset", "asr + bn ema_reset")):
+            one, other = (_curve(_erk(rows, net, name)) for name in (plain, repair))
+            both = sorted(one.keys() & other.keys())
+            found = [s for s in both if is_repair_sensitive(one[s], other[s], CLASSES)]
+            listed = ", ".join(f"{100 * s:g} %" for s in found) or "none"
+            page += [f"* {net}, {repair} against {plain}: {listed} of {len(both)}"] if both else []
     return page
 
 
-def _transition(rows: Iterable[Row]) -> tuple[int, Transition] | None:
-    points = sorted(
-        {(float(row["sparsity"]), float(row["held_out_agreement"]) / 100) for row in rows if row["seed"] == "0"}
-    )
-    by_sparsity = dict(points)
-    plateau = max(by_sparsity.values(), default=1.0)
+def _erk(rows: list[Row], net: str, repair: str) -> list[Row]:
+    return [row for row in rows if (row["net"], row["repair"], row["allocation"]) == (net, repair, "erk")]
+
+
+def _curve(rows: Iterable[Row]) -> dict[float, float]:
+    """Agreement on held-out images by sparsity, of the first draw of images."""
+    return {float(row["sparsity"]): float(row["held_out_agreement"]) / 100 for row in rows if row["seed"] == "0"}
+
+
+def _transition(curve: dict[float, float]) -> tuple[int, Transition] | None:
+    at = sorted(curve)
     try:
-        return len(by_sparsity), locate(list(by_sparsity), list(by_sparsity.values()), CLASSES, plateau)
+        return len(at), locate(at, [curve[s] for s in at], CLASSES, max(curve.values(), default=1.0))
     except InputError:
         return None  # too few points, or all on one side
 
