@@ -42,7 +42,7 @@ from heal.values import Allocation, Budget
 GENE_RATE = 0.1
 """The share of genes that a mutation changes (the source)."""
 
-LEAST = 1e-12
+LEAST = 1e-280
 """Of a share q: one that underflows to 0 could not grow when others are full. It is worth no weight at all."""
 
 

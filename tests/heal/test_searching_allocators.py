@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -161,6 +161,7 @@ def test_the_official_clamp_loses_what_the_source_loses(
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), sparsity=st.floats(0.05, 0.99), spread=st.floats(0, 8))
+@example(seed=189, sparsity=0.0625, spread=6.0)
 def test_what_a_full_layer_cannot_take_goes_to_the_others_by_their_shares(
     seed: int, sparsity: float, spread: float
 ) -> None:
