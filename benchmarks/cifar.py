@@ -1,9 +1,11 @@
 """ResNet-20 and ResNet-56 on CIFAR-10: allocations x repairs, over sparsities; what the table lacks is measured.
 
     python benchmarks/cifar.py --data ../shared/data                     # the coarse cross without training: hours
-    python benchmarks/cifar.py --data ../shared/data --part band         # 0.5 % steps through the transition
-    python benchmarks/cifar.py --data ../shared/data --part trained      # the healers that train
     python benchmarks/cifar.py --data ../shared/data --net resnet20 --sparsities 0.9 --allocations erk
+    # the band, and the healers that train
+    python benchmarks/cifar.py --net resnet20 --sparsities $(seq 0.8 0.005 0.94) --repairs variance_matching \\
+        --test-images 5000
+    python benchmarks/cifar.py --net resnet20 --sparsities 0.9 0.95 --repairs "vm + starfish" "unipts, 30 epochs"
 
 Several of these may run at once, one thread each: a row is written as soon as it is measured. The whole cross is run
 by the library in one process, because it is thousands of points; single points are runs of the pipeline (presets/).
@@ -13,20 +15,27 @@ no label. Writes cifar.csv; cifar_page.py makes the tables and figures of it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import cifar_resnet  # noqa: E402
-from benchmarks.cross import Cross, Images, Methods, Repair, table_of, training_free  # noqa: E402
+from benchmarks.cross import (  # noqa: E402
+    Cross,
+    Images,
+    Methods,
+    Repair,
+    options,
+    table_of,
+    training_free,
+    with_weights,
+)
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.erk_capped import ErkCapped  # noqa: E402
 from heal.allocators.evolutionary import Evolutionary  # noqa: E402
@@ -90,38 +99,26 @@ FREE = [
     "bn cumulative, crops",
     "variance_matching",
 ]
-TRAINED = ["vm + starfish", "layerwise, 300 steps + vm", "unipts, 30 epochs"]
-RIVALS = [
-    "uniform",
-    "erk",
-    "lamp",
-    "global_magnitude",
-    "raw_damage prior",
-    "raw_damage greedy",
-    "rr prior",
-    "rr greedy",
-]
 
 
 def main() -> None:
     """Run the points that the table lacks."""
-    options = _options()
-    torch.set_num_threads(options.threads)
+    parser = options(__doc__.partition("\n")[0], ("resnet20", "resnet56"), COARSE, METHODS, FREE)
+    parser.add_argument("--test-images", type=int, default=2000, help="the first so many of the test set")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
     table = table_of(HERE / "cifar.csv", ALLOCATIONS, REPAIRS)
-    for net in options.net:
-        for seed in options.seeds:
-            images = _images(options.data, seed, options.test_images)
-            cross = Cross(net, _dense(net, options.data), images, seed, METHODS)
-            for sparsity in options.sparsities:
-                for allocation in options.allocations:
-                    cross.run(table, sparsity, allocation, options.repairs)
+    for net in asked.net:
+        for seed in asked.seeds:
+            images = _images(asked.data, seed, asked.test_images)
+            cross = Cross(net, _dense(net, asked.data), images, seed, METHODS)
+            for sparsity in asked.sparsities:
+                for allocation in asked.allocations:
+                    cross.run(table, sparsity, allocation, asked.repairs)
 
 
 def _dense(net: str, data: Path) -> nn.Module:
-    model: nn.Module = getattr(cifar_resnet, net)()
-    state = load_file(data / "weights" / f"{net}_cifar10.safetensors")
-    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-    return model.eval()
+    return with_weights(getattr(cifar_resnet, net)(), data / "weights" / f"{net}_cifar10.safetensors")
 
 
 def _images(data: Path, seed: int, test_images: int) -> Images:
@@ -156,21 +153,6 @@ def _crops(images: Tensor, seed: int) -> Tensor:
 def _normalised(pixels: Tensor) -> Tensor:
     images = (pixels.float() / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
     return images.contiguous()
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
-    parser.add_argument("--net", nargs="*", default=["resnet20", "resnet56"], choices=["resnet20", "resnet56"])
-    parser.add_argument("--sparsities", nargs="*", type=float, default=list(COARSE))
-    parser.add_argument("--allocations", nargs="*", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
-    parser.add_argument("--repairs", nargs="*", default=FREE, choices=list(REPAIRS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--test-images", type=int, default=2000, help="the first so many of the test set")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    options.data = options.data.resolve()
-    return options
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.table import Row, Table
@@ -39,6 +41,7 @@ COLUMNS = (
     "calibration_images",
     "seconds",
 )
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 POINT = ("net", "sparsity", "allocation", "repair", "seed", "test_images")
 
 
@@ -177,6 +180,30 @@ class Cross:
             for name, images in asked.items()
             if images is not None
         }
+
+
+def options(
+    about: str, nets: Sequence[str], sparsities: Sequence[float], methods: Methods, repairs: Sequence[str]
+) -> argparse.ArgumentParser:
+    """What every cross is asked for; `sparsities` and `repairs` are what it measures unasked."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--data", type=Path, default=SHARED)
+    parser.add_argument("--net", nargs="*", default=list(nets), choices=nets)
+    parser.add_argument("--sparsities", nargs="*", type=float, default=list(sparsities))
+    parser.add_argument(
+        "--allocations", nargs="*", default=list(methods.allocations), choices=list(methods.allocations)
+    )
+    parser.add_argument("--repairs", nargs="*", default=list(repairs), choices=list(methods.repairs))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def with_weights(model: nn.Module, path: Path) -> nn.Module:
+    """The model in eval mode with the weights of a safetensors file, in float32."""
+    state = load_file(path)
+    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    return model.eval()
 
 
 def table_of(

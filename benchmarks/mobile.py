@@ -10,7 +10,6 @@ takes those in. Writes mobile.csv; mobile_page.py makes the tables of it.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -18,13 +17,21 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.cross import Cross, Images, Methods, Repair, table_of, training_free  # noqa: E402
+from benchmarks.cross import (  # noqa: E402
+    Cross,
+    Images,
+    Methods,
+    Repair,
+    options,
+    table_of,
+    training_free,
+    with_weights,
+)
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.lamp import Lamp  # noqa: E402
 from heal.allocators.relative_repairability import RelativeRepairability  # noqa: E402
@@ -68,24 +75,21 @@ FREE = ["bn cumulative", "asr + bn ema_reset", "variance_matching"]
 
 def main() -> None:
     """Run the points that the table lacks."""
-    options = _options()
-    torch.set_num_threads(options.threads)
+    asked = options(__doc__.partition("\n")[0], NETS, (0.5, 0.6, 0.7, 0.8), METHODS, FREE).parse_args()
+    torch.set_num_threads(asked.threads)
     table = table_of(HERE / "mobile.csv", ALLOCATIONS, REPAIRS, SUBSETS)
-    for net in options.net:
-        dense = _dense(net, options.data)
-        images = _images(options.data, dense.pretrained_cfg)
-        for seed in options.seeds:
+    for net in asked.net:
+        dense = _dense(net, asked.data)
+        images = _images(asked.data, dense.pretrained_cfg)
+        for seed in asked.seeds:
             cross = Cross(net, dense, images, seed, METHODS)
-            for sparsity in options.sparsities:
-                for allocation in options.allocations:
-                    cross.run(table, sparsity, allocation, options.repairs)
+            for sparsity in asked.sparsities:
+                for allocation in asked.allocations:
+                    cross.run(table, sparsity, allocation, asked.repairs)
 
 
 def _dense(net: str, data: Path) -> nn.Module:
-    model: nn.Module = timm.create_model(net)
-    state = load_file(data / "weights" / f"{net}.safetensors")
-    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-    return model.eval()
+    return with_weights(timm.create_model(net), data / "weights" / f"{net}.safetensors")
 
 
 def _images(data: Path, preprocessing: dict[str, tuple[float, ...]]) -> Images:
@@ -112,20 +116,6 @@ def _pixels(path: Path) -> Tensor:
     left, top = ((side - SIZE) // 2 for side in image.size)
     centre = numpy.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
     return torch.from_numpy(centre.copy()).permute(2, 0, 1).float() / 255
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
-    parser.add_argument("--net", nargs="*", default=list(NETS), choices=NETS)
-    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.5, 0.6, 0.7, 0.8])
-    parser.add_argument("--allocations", nargs="*", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
-    parser.add_argument("--repairs", nargs="*", default=FREE, choices=list(REPAIRS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    options.data = options.data.resolve()
-    return options
 
 
 if __name__ == "__main__":
