@@ -11,8 +11,8 @@ masks hold; no hook stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from heal.healers.matching import BATCH, in_order, variance
 from heal.healers.reporting import reported
 from heal.images import Images, first
 from heal.method import HealContext, HealingReport, name_of
-from heal.modes import evaluating
+from heal.modes import evaluating, listening
 from heal.values import LayerStats
 from heal.wiring import trace
 
@@ -99,27 +99,17 @@ def _match(module: nn.Module, dense_mean: Tensor, dense_std: Tensor, mean: Tenso
 
 def _affine(model: nn.Module, image: Tensor) -> dict[str, bool]:
     """Of every norm that is called, whether it is weight * x_hat + bias; a BatchNorm is, up to its activation."""
-    asked: dict[str, tuple[Tensor, ...]] = {}
-
-    def entered(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            asked[name] = args
-
-        return note
-
+    seen: dict[str, Tensor] = {}
     norms = {name: model.get_submodule(name) for name in describe(model).norms}
-    handles = [norm.register_forward_pre_hook(entered(name)) for name, norm in norms.items()]
+    listeners = {f"{name}.input": partial(seen.__setitem__, name) for name in norms}
     with evaluating(model), torch.no_grad():
-        try:
+        with listening(model, listeners):
             model(image.to(next(model.parameters()).device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {name: is_batch_norm(norms[name]) or _is_affine(norms[name], args) for name, args in asked.items()}
+        return {name: is_batch_norm(norms[name]) or _is_affine(norms[name], x) for name, x in seen.items()}
 
 
-def _is_affine(norm: nn.Module, args: tuple[Tensor, ...]) -> bool:
+def _is_affine(norm: nn.Module, x: Tensor) -> bool:
     """Whether -2 times its weight and bias give -2 times the answer: nothing is added, and no activation follows."""
     own = dict(norm.named_parameters(recurse=False))
-    once, other = (functional_call(norm, {name: k * value for name, value in own.items()}, args) for k in (1, -2))
+    once, other = (functional_call(norm, {name: k * value for name, value in own.items()}, (x,)) for k in (1, -2))
     return torch.allclose(other, -2 * once, rtol=1e-4, atol=1e-4 * float(once.abs().max()))
