@@ -1,11 +1,16 @@
 """Patch moments of a 3x3 convolution from correlations of its input, without laying out patches.
 
 The product of two places of a kernel, x(p + a) x(p + b), summed over all positions p, depends on b - a alone, but
-for the rim: 13 correlations (the other 12 mirror them) stand for 81 products, which is a sixth of the work. Moments are
-exact to 2e-6 of the largest entry, whatever the batches.
+for the rim: 25 correlations stand for 81 products. They are the inverse transform of the power spectrum (the theorem
+of Wiener and Khinchin), which takes one product of channels a frequency instead of one a step: on ResNet-56 a little
+more than half the time of products of shifted maps. Moments are exact to 2e-6 of the largest entry, whatever the
+batches.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +20,11 @@ from heal.values import LayerStats
 TOGETHER = 32
 """Images whose products are formed at once. Measured on ResNet-56: 16 take a twentieth longer."""
 
-FEW, PIECE = 16, 1024
-"""Products of fewer rows are formed over so many positions at once."""
+ROOM = 1 << 18
+"""Products of the spectrum held at once: a row of frequencies at least, and as many as this has room for."""
+
+DOWN, RIGHT = (0, 1, 2), (-2, -1, 0, 1, 2)
+"""Steps from one place of a kernel to another; the rest mirror them."""
 
 PLACES: tuple[tuple[int, int], ...] = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
 """Of a 3x3 kernel, (down, right), in the order of its flattened weight."""
@@ -34,44 +42,44 @@ def is_correlated(layer: nn.Module) -> bool:
 class Correlation:
     """Sums of z = x - shift, the shift near the mean of each channel; float32 within a few images, float64 beyond.
 
-    inner [c, c / groups, 3, 5]: z(q) z(q + step) for steps 0..2 down, -2..2 right. rows, columns [2, c, c / groups, 5]:
-    the same along the first and the last of them. corners [4, c, c / groups]: z z of these pixels. map [c, h, w]: z.
+    With k = c / groups, inner [3, 5, groups, k, k]: z(q) z(q + step) for the steps DOWN and RIGHT. lines
+    [5, 4, groups, k, k]: the same along the first and the last row, the first and the last column, for the steps
+    RIGHT along them. corners [4, groups, k, k]: z z of these pixels. map [c, h, w]: z.
     """
 
     def __init__(self, layer: nn.Module, x: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
         self.groups = layer.groups
-        channels, height, width = x.shape[1:]
-        self.shift = x[:1].float().mean((0, 2, 3)).view(1, -1, 1, 1)
-        self.size = (height, width)
+        self.within = x.shape[1] // layer.groups
+        self.size = (x.shape[2], x.shape[3])
         self.images = 0
-        within = channels // self.groups
-        self.inner = x.new_zeros(channels, within, 3, 5, dtype=torch.float64)
-        self.rows, self.columns = (x.new_zeros(2, channels, within, 5, dtype=torch.float64) for _ in range(2))
-        self.corners = x.new_zeros(4, channels, within, dtype=torch.float64)
-        self.map = x.new_zeros(channels, height, width, dtype=torch.float64)
+        self.padded = (_fast(self.size[0] + 2), _fast(self.size[1] + 2))
+        self.down = _waves(DOWN, self.padded[0], half=False).to(x.device)
+        self.right = _waves(RIGHT, self.padded[1], half=True).to(x.device)
+        self.shift = x[:1].float().mean((0, 2, 3)).view(1, -1, 1, 1)
+        self.inner, self.lines, self.corners = (
+            x.new_zeros(*steps, layer.groups, self.within, self.within, dtype=torch.float64)
+            for steps in ((3, 5), (5, 4), (4,))
+        )
+        self.map = x.new_zeros(x.shape[1:], dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """Inputs [n, c, h, w], float32."""
         for z in torch.split(x - self.shift, TOGETHER):
-            rows = torch.cat((z[:, :, :1], z[:, :, -1:]), 1)
-            columns = torch.cat((z[..., :1], z[..., -1:]), 1).mT
-            corners = torch.cat((columns[..., :1], columns[..., -1:]), 1)
-            self.inner += _around(z, self.groups)
-            self.rows += _around(rows, 2 * self.groups)[:, :, 0].view(self.rows.shape)
-            self.columns += _around(columns, 2 * self.groups)[:, :, 0].view(self.columns.shape)
-            self.corners += _around(corners, 4 * self.groups)[:, :, 0, 2].view(self.corners.shape)
+            self.inner += self._around(z)
+            self.lines += self._along(z)
+            corners = torch.stack([z[..., down, right] for down in (0, -1) for right in (0, -1)])
+            self.corners += _products(self._by_channel(corners))
             self.map += z.sum(0)
         self.images += len(x)
 
     def moments(self) -> LayerStats:
         """Of all patches so far: [groups, d, d] with d = 9 c / groups."""
         count = self.images * self.size[0] * self.size[1]
-        groups, within = self.groups, self.inner.shape[1]
-        shift = self.shift.flatten().double()
-        one = shift.reshape(groups, within)
+        groups, within = self.groups, self.within
+        one = self.shift.double().reshape(groups, within)
         pairs = [(a, b) for a in PLACES for b in PLACES]
-        products = torch.stack([self._products(a, b) for a, b in pairs]).reshape(9, 9, groups, within, within)
+        products = torch.stack([self._multiplied(a, b) for a, b in pairs]).reshape(9, 9, groups, within, within)
         sums = torch.stack([self._summed(a, b) for a, b in pairs]).reshape(9, 9, groups, within)
         pixels = torch.tensor([float(self._pixels(a, b)) for a, b in pairs], dtype=torch.float64).reshape(9, 9)
         mine = torch.einsum("abgi,gj->abgij", sums, one)
@@ -83,20 +91,45 @@ class Correlation:
         second = second.permute(2, 3, 0, 4, 1).reshape(groups, within * 9, within * 9)
         return finished(count, mean, second - count * torch.einsum("gi,gj->gij", mean, mean))
 
-    def _products(self, a: tuple[int, int], b: tuple[int, int]) -> Tensor:
-        """Sum over p inside of z(p + a) z(p + b) [c, c / groups], z being 0 outside."""
+    def _around(self, z: Tensor) -> Tensor:
+        """What `inner` sums, of z [n, c, h, w]. Two zeros behind each line keep the ends of a map from meeting."""
+        waves = torch.fft.rfft2(z, s=self.padded).permute(2, 3, 0, 1)
+        rows = waves.reshape(*waves.shape[:3], self.groups, self.within).transpose(2, 3).contiguous()
+        together = max(1, ROOM // (self.right.shape[1] * self.groups * self.within**2))
+        found = torch.zeros_like(self.inner, dtype=torch.complex64).flatten(1)
+        for some, down in zip(torch.split(rows, together), torch.split(self.down, together, 1), strict=True):
+            right = self.right @ _products(some).flatten(2)
+            found.addmm_(down, right.flatten(1))
+        return found.real.double().view_as(self.inner)
+
+    def _along(self, z: Tensor) -> Tensor:
+        """What `lines` sums, of z [n, c, h, w]. The images lie beside each other, two zeros behind each."""
+        length = max(self.size) + 2
+        beside = z.new_zeros(4, z.shape[1], len(z), length)
+        for line, pixels in zip(beside, (z[:, :, 0], z[:, :, -1], z[..., 0], z[..., -1]), strict=True):
+            line[..., : pixels.shape[-1]] = pixels.transpose(0, 1)
+        flat = self._by_channel(beside.flatten(2).mT)
+        many = flat.shape[-2] - 2
+        ahead = [_products(flat[..., :many, :], flat[..., step : step + many, :]) for step in (0, 1, 2)]
+        return torch.stack([ahead[2].mT, ahead[1].mT, *ahead])
+
+    def _by_channel(self, lines: Tensor) -> Tensor:
+        """[m, values, c] as [m, groups, values, k]."""
+        return lines.reshape(*lines.shape[:2], self.groups, self.within).transpose(1, 2)
+
+    def _multiplied(self, a: tuple[int, int], b: tuple[int, int]) -> Tensor:
+        """Sum over p inside of z(p + a) z(p + b) [groups, k, k], z being 0 outside."""
         down, right = b[0] - a[0], b[1] - a[1]
         if (down, right) < (0, 0):
-            other = self._products(b, a).reshape(self.groups, -1, self.inner.shape[1])
-            return other.mT.flatten(0, 1)
-        found = self.inner[:, :, down, right + 2].clone()
+            return self._multiplied(b, a).mT
+        found = self.inner[down, right + 2].clone()
         # Where p itself would lie outside: both pixels in the same first or last line, a and b beyond it.
         row = _BEYOND.get(a[0]) if a[0] == b[0] else None
         column = _BEYOND.get(a[1]) if a[1] == b[1] else None
         if row is not None:
-            found -= self.rows[row, :, :, right + 2]
+            found -= self.lines[right + 2, row]
         if column is not None:
-            found -= self.columns[column, :, :, down + 2]
+            found -= self.lines[down + 2, 2 + column]
         if row is not None and column is not None:
             found += self.corners[2 * row + column]
         return found
@@ -117,38 +150,32 @@ _BEYOND = {1: 0, -1: 1}
 """The line, first or last, along which a pixel one step down (or right) of a position has the position outside."""
 
 
-def _around(z: Tensor, groups: int) -> Tensor:
-    """Sums of z(q) z(q + step) [c, c / groups, 3, 5], float64, for steps 0..2 down, -2..2 right; z is [n, c, h, w].
+def _products(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """x^H y [..., k, k] of [..., n, k]; y is x unless it is given."""
+    y = x if y is None else y
+    return x.mH @ y if x.shape[-1] > 1 else (x.conj() * y).sum(-2, keepdim=True)
 
-    Row by row the images lie beside each other, two zeros behind each, so that a step is one offset for all.
+
+def _waves(steps: Sequence[int], size: int, half: bool) -> Tensor:
+    """exp(2 pi i step frequency / size) / size [steps, frequencies], complex64: transforms a spectrum back.
+
+    half: of the frequencies up to size / 2 alone, those that stand for two counted twice; the real part is meant.
     """
-    images, channels, height, width = z.shape
-    beside = z.new_zeros(channels, height, images, width + 2)
-    beside[..., :width] = z.permute(1, 2, 0, 3)
-    flat = beside.view(groups, channels // groups, -1)
-    row = images * (width + 2)
-    found = z.new_zeros(3, 5, groups, flat.shape[1], flat.shape[1], dtype=torch.float64)
-    for down in range(min(3, height)):
-        many = row * (height - down) - 2  # the last two are zeros, from which a step right would leave the image
-        for right in range(0 if down == 0 else -2, 3):
-            start = row * down + right
-            found[down, right + 2] = _inner(flat[..., :many], flat[..., start : start + many])
-    found[0, :2] = found[0, 3:].flip(0).mT
-    return found.permute(2, 3, 4, 0, 1).flatten(0, 1)
+    frequencies = torch.arange(size // 2 + 1 if half else size, dtype=torch.float64)
+    weight = torch.full_like(frequencies, 1 / size)
+    if half:
+        weight[1 : (size + 1) // 2] *= 2
+    angles = torch.outer(torch.tensor(steps, dtype=torch.float64), frequencies * (2 * math.pi / size))
+    return torch.polar(weight.expand_as(angles).contiguous(), angles).to(torch.complex64)
 
 
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T [groups, k, k] of [groups, k, positions].
-
-    A product of many rows is blocked by the library and rounds little; one of few is added up position by position,
-    so it is cut into pieces.
-    """
-    if x.shape[1] == 1:
-        return (x * y).sum(-1, keepdim=True)
-    if x.shape[1] >= FEW or x.shape[2] <= PIECE:
-        return torch.bmm(x, y.mT)
-    pieces = zip(torch.split(x, PIECE, -1), torch.split(y, PIECE, -1), strict=True)
-    return torch.stack([torch.bmm(a, b.mT) for a, b in pieces]).sum(0, dtype=torch.float64)
+def _fast(size: int) -> int:
+    """The least number from `size` on without prime factors beyond 5, of which a transform is fast."""
+    rest = size
+    for factor in (2, 3, 5):
+        while rest % factor == 0:
+            rest //= factor
+    return size if rest == 1 else _fast(size + 1)
 
 
 def finished(count: int, mean: Tensor, comoment: Tensor) -> LayerStats:
