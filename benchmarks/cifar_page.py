@@ -12,19 +12,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.cifar import ALLOCATIONS, REPAIRS, table_of  # noqa: E402
-from benchmarks.pages import crosses, curves, mean_and_spread, means  # noqa: E402
+from benchmarks.pages import TOP1, crosses, curves, mean_and_spread, means  # noqa: E402
 from benchmarks.table import Row  # noqa: E402
 from heal.errors import InputError  # noqa: E402
 from heal.transition import Transition, is_repair_sensitive, locate  # noqa: E402
-
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.hashsalt": "regrow", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 
 CLASSES = 10
 BAND_IMAGES = "5000"
@@ -39,7 +34,6 @@ def main() -> None:
     band = [row for row in rows if row["test_images"] == BAND_IMAGES and row["repair"] == BAND_REPAIR]
     page = [*_transitions(rows), *_band(band), *_crosses(rows)]
     (HERE / "cifar.md").write_text("\n".join(page) + "\n")
-    (HERE / "figures").mkdir(exist_ok=True)
     curves(
         _by_repair(rows),
         HERE / "figures" / "cifar_repairs.svg",
@@ -153,7 +147,7 @@ def _crosses(rows: list[Row]) -> list[str]:
         "",
         "## Every cross",
         "",
-        "Top-1 in per cent; of several seeds the mean and, in brackets, lowest to highest.",
+        TOP1,
     ]
     shown = (row for row in rows if row["test_images"] != BAND_IMAGES or row["repair"] != BAND_REPAIR)
     return page + crosses(shown, ALLOCATIONS, REPAIRS)

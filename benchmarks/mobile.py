@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 and MobileNetV2 on ImageNet: allocations x repairs at 50 to 80 %; measures what the table lacks.
 
     python benchmarks/mobile.py --data ../shared/data                    # the repairs that train nothing: hours
-    python benchmarks/mobile.py --data ../shared/data --net mobilenetv2_100 --sparsities 0.6 --repairs "vm + starfish"
+    python benchmarks/mobile.py --net mobilenetv2_100 --sparsities 0.6 --repairs "unipts, 3 epochs"
 
 1 000 unlabeled calibration images, all there are, so a seed changes the order of training alone; 1 397 test images of
 three sources, reported apart. The pool is all convolutions and the classifier but the depthwise ones; "+ depthwise"
@@ -65,9 +65,9 @@ ALLOCATIONS = {
 MATCH = VarianceMatching(images=64)
 REPAIRS: dict[str, Repair] = {
     **training_free(batch_size=32, measured=64),
-    "vm + starfish": Repair((MATCH, Starfish())),
+    "vm + starfish, 3 epochs": Repair((MATCH, Starfish(epochs=3))),
     "layerwise, 300 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
-    "unipts, 10 epochs": Repair((Unipts(epochs=10, lr=0.05, weight_decay=4e-5),)),
+    "unipts, 3 epochs": Repair((Unipts(epochs=3, lr=0.05, weight_decay=4e-5),)),
 }
 METHODS = Methods(ALLOCATIONS, REPAIRS, batch_size=8, damage_images=64)
 FREE = ["bn cumulative", "asr + bn ema_reset", "variance_matching"]

@@ -1,8 +1,8 @@
-"""The tables of mobile.csv: every cross, all test images and then each of their sources.
+"""The tables and figures of mobile.csv: every cross, all test images and then each of their sources.
 
     python benchmarks/mobile_page.py
 
-Writes mobile.md; measures nothing.
+Writes mobile.md and figures/mobile_*.svg; measures nothing.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.mobile import ALLOCATIONS, REPAIRS, SUBSETS, table_of  # noqa: E402
-from benchmarks.pages import crosses  # noqa: E402
+from benchmarks.pages import TOP1, crosses, curves, means  # noqa: E402
+
+DRAWN = {"mobilenetv2_100": "bn cumulative", "tf_efficientnet_lite0": "variance_matching"}
+"""The repair after which a network's allocations are drawn: the better of those that train nothing."""
 
 
 def main() -> None:
     """Write the page."""
     rows = table_of(HERE / "mobile.csv", ALLOCATIONS, REPAIRS, SUBSETS).rows()
-    page = [
-        "Top-1 in per cent; of several seeds the mean and, in brackets, lowest to highest.",
-        "",
-        "## All test images",
-    ]
-    page += crosses(rows, ALLOCATIONS, REPAIRS)
+    page = [TOP1, "", "## All test images", *crosses(rows, ALLOCATIONS, REPAIRS)]
     for subset in SUBSETS:
         page += ["", f"## {subset} alone", *crosses(rows, ALLOCATIONS, REPAIRS, subset)]
     (HERE / "mobile.md").write_text("\n".join(page) + "\n")
+    for net, repair in DRAWN.items():
+        shown = [row for row in rows if (row["net"], row["repair"]) == (net, repair)]
+        found = means(shown, lambda row: row["allocation"], lambda row: float(row["top1"]))
+        crossed = {name: points for name, points in found.items() if len(points) > 1}
+        curves(crossed, HERE / "figures" / f"mobile_{net}.svg", "Top-1, %", f"{net} after {repair}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import matplotlib
 from matplotlib import pyplot
 
 from benchmarks.table import Row
+
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.hashsalt": "regrow", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 
 Cells = dict[tuple[str, str], list[float]]
 """Values by (line, column)."""
@@ -69,5 +73,6 @@ def curves(found: Curves, path: Path, label: str, title: str) -> None:
         axes.fill_between(shown, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="Weights masked, %", ylabel=label, title=title)
     axes.legend(fontsize=8)
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
