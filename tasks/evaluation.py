@@ -115,7 +115,8 @@ def _by_subset(logits: Mapping[str, Tensor], images: EvaluationImages) -> dict[s
 
 def _budget(folder: Path) -> dict[str, Any]:
     allocation = artifacts.load_allocation(folder)
-    return {"unit": allocation.unit, "asked": allocation.asked, "got": allocation.got, "total": allocation.whole}
+    unit = "MACs" if allocation.cost else allocation.unit
+    return {"unit": unit, "asked": allocation.asked, "got": allocation.got, "total": allocation.whole}
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:

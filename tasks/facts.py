@@ -55,14 +55,23 @@ class Facts:
         return int(self.evaluation["images"])
 
     @property
+    def budget(self) -> str:
+        """What the budget counts: weights, neurons, or MACs of one image."""
+        return "macs" if self.allocation["cost"] else str(self.allocation["unit"])
+
+    @property
     def total(self) -> int:
-        """How many weights or neurons the dense model has in the layers of the budget."""
-        return sum(self.allocation["total"].values())
+        """How many of these the dense model has in the layers of the budget."""
+        return self._priced("total")
 
     @property
     def got(self) -> int:
         """How many of them stay."""
-        return sum(self.allocation["kept"].values()) if self.pruned["lines"] else self.total
+        return self._priced("kept") if self.pruned["lines"] else self.total
+
+    def _priced(self, counts: str) -> int:
+        cost = self.allocation["cost"]
+        return sum(count * cost.get(layer, 1) for layer, count in self.allocation[counts].items())
 
     @property
     def healers(self) -> tuple[str, ...]:

@@ -87,12 +87,16 @@ def _with_defaults(sections: schema.Sections) -> schema.Sections:
 
 
 def _budget(sections: schema.Sections, written: Written) -> Iterator[str]:
+    budget, dotted = sections.allocation.budget, "allocation.budget"
     try:
-        sections.allocation.budget.build()
+        budget.build()
     except InputError as error:
-        dotted = "allocation.budget"
-        hint = "; on the command line: -S 'allocation.budget={weights: 0.9}'" if "exactly one" in str(error) else ""
-        yield f"{_place(written, dotted)}: {dotted}: {error}{hint}"
+        given = {unit: share for unit, share in budget if share is not None}
+        over = [unit for unit in given if (written.place(f"{dotted}.{unit}") or "").startswith("-S")]
+        unit = next(iter([*over, *given]), "weights")
+        hint = f"; on the command line: -S '{dotted}={{{unit}: {given.get(unit, 0.9):g}}}'"
+        place = _place(written, f"{dotted}.{unit}" if over else dotted)
+        yield f"{place}: {dotted}: {error}{hint if 'exactly one' in str(error) else ''}"
 
 
 def _explained(error: ValidationError, parent: str, written: Written) -> list[str]:

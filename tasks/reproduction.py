@@ -30,14 +30,13 @@ class Step:
 
 def steps(facts: Facts) -> list[Step]:
     """What every stage was told, in the order of the run."""
-    unit = facts.allocation["unit"]
     return [
         Step("dense", facts.dense["source"], ()),
         Step("calibration", facts.calibration["source"], (("count", _text(facts.calibration["count"])),)),
         Step(
             "allocation",
             facts.allocation["method"],
-            ((f"budget.{unit}", _text(removed(facts))), *_params(facts.allocation["params"])),
+            ((f"budget.{facts.budget}", _text(removed(facts))), *_params(facts.allocation["params"])),
         ),
         Step("pruning", facts.pruner.get("pruner", ""), _params(facts.pruner.get("params") or {})),
         *(Step("healing", report["method"], _params(report["params"])) for report in facts.healing),

@@ -40,8 +40,8 @@ def warnings(rows: Sequence[Row], kind: str, classes: int, images: int) -> list[
         )
     if dense.bytes < NARROWED * dense.bytes_unpacked:
         found.append(
-            "The dense weights are exact in float16, so their file is narrower than the network in memory; healing "
-            "gives them back full precision. Sizes are compared with dense in full precision."
+            "The dense weights are exact in float16, so their file is narrower than the network in memory; a healer "
+            "that trains gives what it trains full precision. Sizes are compared with dense in full precision."
         )
     if kind != "none" and last.bytes >= dense.bytes_unpacked:
         found.append(
@@ -67,7 +67,8 @@ def _harmed(rows: Sequence[Row], images: int) -> Iterator[str]:
 
 def _size(dense: Row, last: Row) -> str:
     change = 1 - last.bytes / dense.bytes_unpacked
-    return f"the weights file is {100 * abs(change):.0f} % {'smaller' if change >= 0 else 'larger'}"
+    against = " than dense in full precision" if dense.bytes < NARROWED * dense.bytes_unpacked else ""
+    return f"the weights file is {100 * abs(change):.0f} % {'smaller' if change >= 0 else 'larger'}{against}"
 
 
 def _speed(dense: Row, last: Row) -> str:

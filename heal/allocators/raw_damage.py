@@ -46,5 +46,5 @@ class RawDamage:
             found = measure(layer, density)
             return found.raw / (found.energy + 1e-30)
 
-        evidence = curves(pool, measure) | {"rests_on": "raw_damage"}
+        evidence = curves(pool, measure, context.report) | {"rests_on": "raw_damage"}
         return allocated(pool, self.rule, self.strength, self.probe, relative, relative, evidence)

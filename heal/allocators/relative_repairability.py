@@ -20,6 +20,7 @@ from heal.errors import ImagesError, MethodError
 from heal.images import Replay
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
+from heal.progress import Report, quiet
 from heal.repairability import UNDAMAGED, VARIANTS, Damage, Layer, Variant, channel_weights
 from heal.values import Allocation, Budget
 from heal.wiring import trace
@@ -69,7 +70,7 @@ class RelativeRepairability:
             self.probe,
             lambda layer, density: measure(layer, density).ratio(self.variant),
             lambda layer, density: _relative(measure(layer, density), self.variant),
-            curves(pool, measure) | {"rests_on": self.variant},
+            curves(pool, measure, context.report) | {"rests_on": self.variant},
         )
 
 
@@ -126,9 +127,12 @@ def allocated(
     return pool.allocation(modulated(pool, prior, scores, strength), evidence | {"scores": scores})
 
 
-def curves(pool: Pool, measure: Measure) -> dict[str, Any]:
+def curves(pool: Pool, measure: Measure, report: Report = quiet) -> dict[str, Any]:
     """RR of every variant and the raw damage, over layers and the grid of densities; JSON values."""
-    found = {layer: [measure(layer, density) for density in GRID] for layer in pool.weights}
+    found = {}
+    for done, layer in enumerate(pool.weights, start=1):
+        found[layer] = [measure(layer, density) for density in GRID]
+        report("damage", done, len(pool.weights))
     return {
         "densities": list(GRID),
         "raw_damage": {layer: [_raw(d) for d in row] for layer, row in found.items()},

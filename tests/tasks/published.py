@@ -86,7 +86,10 @@ def publish(
     )
     asked = sum(kept.values())
     allocation = {"method": "global_variance", "params": {"multiple": 1}, "unit": unit, "asked": asked, "got": asked}
-    write(inputs["allocation"] / "allocation.json", allocation | {"kept": kept, "total": total, "layers": list(kept)})
+    write(
+        inputs["allocation"] / "allocation.json",
+        allocation | {"kept": kept, "total": total, "layers": list(kept), "cost": {}},
+    )
     arrow = (lambda layer: f"{layer} -> {layer.replace('fc1', 'fc2')}") if kind == "cut" else str
     ending = "" if kind == "cut" else " weights"
     lines = [f"{arrow(layer)}: {kept[layer]} of {total[layer]}{ending}" for layer in kept]

@@ -91,9 +91,14 @@ def test_all_problems_come_together_with_place_and_advice(tmp_path: Path) -> Non
 
 
 def test_a_budget_in_two_units_is_refused_with_the_way_to_replace_it() -> None:
-    (line,) = refusal(CANONICAL, "allocation.budget.weights=0.5")
-    assert "exactly one unit" in line
-    assert line.endswith("-S 'allocation.budget={weights: 0.9}'")
+    (line,) = refusal(CANONICAL, "allocation.budget.macs=0.5")
+    assert line.startswith("-S allocation.budget.macs=0.5: ") and "exactly one unit" in line
+    assert line.endswith("-S 'allocation.budget={macs: 0.5}'")
+
+
+def test_a_budget_of_an_override_is_refused_where_it_was_given() -> None:
+    (line,) = refusal(CANONICAL, "allocation.budget.neurons=1.5")
+    assert line.startswith("-S allocation.budget.neurons=1.5: allocation.budget: budget neurons = 1.5 is not")
 
 
 def test_at_most_five_lines_are_shown() -> None:

@@ -248,6 +248,18 @@ def test_what_the_stages_write_is_what_the_report_reads(tmp_path: Path) -> None:
     assert "vit_tiny_patch16_224" in text and "uniform" in text
 
 
+def test_a_budget_in_macs_is_reported_in_macs(tmp_path: Path) -> None:
+    inputs = digits(tmp_path / "in")
+    kept, total, cost = {"a": 20, "b": 30}, {"a": 40, "b": 60}, {"a": 100, "b": 10}
+    allocation = Allocation("weights", kept, total, 2305, cost)
+    artifacts.save_allocation(allocation, "lamp", {}, inputs["allocation"])
+    text = Page(run(inputs, tmp_path / "out")).text
+    assert "remove 0.499 of the MACs" in text
+    assert "2,305 of 4,600" in text
+    assert "2,300 of 4,600, 5 less, which one weight costs more than" in text
+    assert "budget.macs" in text and "budget.weights" not in text
+
+
 @pytest.mark.parametrize("losses", [[0.5], [0.0, 0.0], [0.3, 0.2], [-0.1, 0.4]])
 def test_short_and_flat_curves_are_drawn_inside_the_plot(losses: list[float]) -> None:
     numbers = [int(number) for number in re.findall(r"-?\d+", figures.curve("starfish", losses).raw)]
