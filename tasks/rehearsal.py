@@ -30,6 +30,14 @@ from tasks.progress import Progress
 from tasks.store import Store
 from tasks.table import STAGES
 
+NAMED_BY = {
+    "allocator": "allocation.method",
+    "pruner": "pruning.method",
+    "healer": "healing.methods",
+    "healers": "healing.methods",
+}
+"""Which param names the method that a message of `check` begins with."""
+
 if TYPE_CHECKING:
     from tasks.params import Params
     from tasks.plan import PlannedStage
@@ -72,7 +80,11 @@ def _dense(params: Params, planned: PlannedStage, store: Store, scratch: Path) -
 
 def _refuse_methods(params: Params, model: nn.Module, size: tuple[int, int]) -> None:
     allocator, budget = params.allocator(), params.allocation.budget.build()
-    check(model, budget, allocator, params.pruner(), params.healers())
+    try:
+        check(model, budget, allocator, params.pruner(), params.healers())
+    except InputError as error:
+        key = NAMED_BY.get(str(error).partition(" ")[0], "allocation.budget")
+        raise type(error)(f"{params.where(key)}: {key}: {error}") from error
     if "images" not in allocator.needs:
         zeros = _zeros(model, taps(model, [allocator]))
         allocator.allocate(model, budget, AllocationContext(statistics=zeros, images=torch.zeros(1, 3, *size)))

@@ -184,7 +184,7 @@ def _no_limit_on_quality(workplace: Workplace) -> tuple[str, ...]:
 
 def _a_repair_of_norms_that_are_not_there(workplace: Workplace) -> tuple[str, ...]:
     _edit(workplace, "methods: [closed_form, starfish]", "methods: [closed_form, batchnorm_recalibration]")
-    return ("batchnorm_recalibration works on BatchNorms", "has none")
+    return ("params.yaml:", "healing.methods: healer batchnorm_recalibration works on BatchNorms", "has none")
 
 
 def _search(workplace: Workplace, calibration: str) -> None:
