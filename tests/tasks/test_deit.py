@@ -14,7 +14,6 @@ from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.uniform import Uniform
 from heal.compat import timm
 from heal.evaluation import predict, top1
-from heal.families.lookup import describe
 from heal.healers.closed_form import ClosedForm
 from heal.method import AllocationContext, HealContext, taps
 from heal.pruned import apply
@@ -65,7 +64,7 @@ def dense() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def statistics(dense: nn.Module, calibration: ImageArray) -> Mapping[str, LayerStats]:
-    return capture(dense, calibration, taps(describe(dense), [GlobalVariance(), Variance(), ClosedForm()]))
+    return capture(dense, calibration, taps(dense, [GlobalVariance(), Variance(), ClosedForm()]))
 
 
 def test_the_dense_model_answers_as_its_publisher_says(dense: nn.Module, evaluation: tuple[ImageArray, Tensor]) -> None:
