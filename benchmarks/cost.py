@@ -124,7 +124,7 @@ def _starfish(model: nn.Module) -> str:
 
     def step() -> None:
         student(images)
-        targets = states.of(0, images)
+        targets = states.of(0, images).units
         terms = [1 - cosine(rows(outputs[block], family.states), targets[block]) for block in family.blocks]
         torch.stack(terms).mean().backward()
         optimiser.step()

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from heal.masking import keep_largest
-from heal.values import ChannelCut, Mask
+from heal.masking import keep_best
+from heal.values import NM, ChannelCut, Mask
 
 Weights = Mapping[str, nn.Parameter]
 """What trains, by its dotted name."""
@@ -68,11 +68,13 @@ class Dynamic:
         grad = g + decay (1 - m) w
 
     kept: how many weights stay, by the parameter's name. decay: of what is masked, >= 0, on top of the
-    optimiser's own; 5e-5 in UniPTS, 2e-4 in SR-STE. Source: SR-STE (Zhou et al., ICLR 2021), UniPTS.
+    optimiser's own; 5e-5 in UniPTS, 2e-4 in SR-STE. pattern: how they lie, if not anyhow. Source: SR-STE (Zhou et
+    al., ICLR 2021), UniPTS.
     """
 
     kept: Mapping[str, int]
     decay: float
+    pattern: NM | None = None
 
     @contextmanager
     def masked(self, weights: Weights) -> Iterator[None]:
@@ -102,7 +104,7 @@ class Dynamic:
 
     def masks(self, weights: Weights) -> dict[str, Tensor]:
         """Where the largest |w| are; of equal ones the lower index stays. Raises NumericalError on NaN."""
-        return {name: keep_largest(weights[name].detach().abs(), count) for name, count in self.kept.items()}
+        return {name: keep_best(weights[name].detach().abs(), count, self.pattern) for name, count in self.kept.items()}
 
     def _write(self, weights: Weights, masks: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -28,14 +28,41 @@ def keep_largest(scores: Tensor, kept: int) -> Tensor:
 def keep_n_of_m(scores: Tensor, pattern: NM) -> Tensor:
     """True for exactly N scores of every M consecutive ones along the input; of equal ones the lower index stays.
 
-    scores [out, in] or [out, in, h, w]; the input of a convolution is in * h * w, flattened. Raises
-    BudgetError when M does not divide it, NumericalError on NaN.
+    scores [out, in] or [out, in, h, w]: M input channels, at one place of the kernel, are a group. Raises
+    BudgetError when M does not divide the channels, NumericalError on NaN.
     """
     groups = _groups(_ordered(scores), pattern)
     order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
     keep = torch.zeros_like(groups, dtype=torch.bool)
     keep.scatter_(-1, order[..., : pattern.n], True)
-    return keep.reshape(scores.shape)
+    return keep.flatten(-2).movedim(-1, 1).contiguous()
+
+
+def keep_best(scores: Tensor, kept: int, pattern: NM | None) -> Tensor:
+    """`keep_n_of_m` where there is a pattern, else `keep_largest`."""
+    return keep_largest(scores, kept) if pattern is None else keep_n_of_m(scores, pattern)
+
+
+def keep_by_row(scores: Tensor, kept: int) -> Tensor:
+    """True for exactly `kept` of the scores [out, ...], equally many of every row, the rest by the next score.
+
+    Of equal scores the lower index stays. Raises BudgetError, NumericalError.
+    """
+    rows = _ordered(scores).flatten(1)
+    each, rest = divmod(kept, len(rows))
+    order = torch.sort(rows, dim=1, descending=True, stable=True).indices
+    keep = torch.zeros_like(rows, dtype=torch.bool)
+    keep.scatter_(1, order[:, :each], True)
+    if rest:
+        following = order[:, each]
+        chosen = keep_largest(rows.gather(1, following.unsqueeze(1)).flatten(), rest)
+        keep[chosen, following[chosen]] = True
+    return keep.view_as(scores)
+
+
+def carries(weight: Tensor, pattern: NM) -> bool:
+    """Whether the channels of a weight's input are a multiple of M."""
+    return weight.ndim > 1 and weight.shape[1] > 0 and weight.shape[1] % pattern.m == 0
 
 
 def is_n_of_m(keep: Tensor, pattern: NM) -> bool:
@@ -119,11 +146,12 @@ def _ordered(scores: Tensor) -> Tensor:
 
 
 def _groups(x: Tensor, pattern: NM) -> Tensor:
-    """[out, inputs / M, M] of a tensor [out, in, ...]."""
-    inputs = x[0].numel() if x.ndim > 1 else 0
-    if inputs == 0 or inputs % pattern.m:
+    """[out, ..., in / M, M] of a tensor [out, in, ...]."""
+    if not carries(x, pattern):
+        inputs = x.shape[1] if x.ndim > 1 else 0
         raise BudgetError(
-            f"{pattern.n}:{pattern.m} does not fit a weight of shape {list(x.shape)}: "
+            f"{pattern} does not fit a weight of shape {list(x.shape)}: "
             f"its input, {inputs}, is not a multiple of {pattern.m}; leave the layer out, or choose another pattern"
         )
-    return x.reshape(len(x), -1, pattern.m)
+    last = x.movedim(1, -1)
+    return last.reshape(*last.shape[:-1], -1, pattern.m)

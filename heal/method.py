@@ -192,10 +192,12 @@ def taps(model: nn.Module, methods: Iterable[Allocator | Pruner | Healer]) -> di
             wanted[f"{pair.consumer}.input"] = "second_moment" in needs
         if "preactivation_moments" in needs:
             wanted[f"{pair.producer}.output"] = False
-    if any("patches" in need for need in needs):
+    if any("patches" in need for need in needs) or "inputs" in needs:
         for layer, part in parts(model, family).items():
             if f"{part} patches" in needs:
                 wanted[f"{layer}.patches"] = True
+            if "inputs" in needs:
+                wanted.setdefault(f"{layer}.input", False)
     return wanted
 
 

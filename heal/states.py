@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -69,8 +70,17 @@ def alignment(student: nn.Module, teacher: nn.Module, images: Images, limit: int
     return {block: total / weight for block, total in sums.items()}
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The teacher's of a batch: unit rows [r, d] of every state, float32, the rows' lengths [r], and the logits."""
+
+    units: Mapping[str, Tensor]
+    lengths: Mapping[str, Tensor]
+    logits: Tensor
+
+
 class TeacherStates:
-    """The teacher's block outputs as float16 unit rows, computed once a batch.
+    """The teacher's states and logits, computed once a batch; of states float16 unit rows.
 
     Cosines need directions only, so unit rows are kept: float16 then cannot overflow. They stay in
     memory up to `cache_bytes`, on disk (a memory-mapped file) up to `spill_bytes`, and are computed
@@ -89,24 +99,26 @@ class TeacherStates:
         self.cache_bytes, self.spill_bytes, self.log = cache_bytes, spill_bytes, log
         self.buffer: Tensor | None = None
         self.places: dict[tuple[int, str], tuple[int, torch.Size]] = {}
+        self.beside: dict[int, tuple[dict[str, Tensor], Tensor]] = {}
         self.seen: dict[int, float] = {}
         self.used = 0
         self.where = ""
 
-    def of(self, index: int, batch: Tensor) -> dict[str, Tensor]:
-        """Unit rows [r, d] of every block for batch number `index`, float32 on the batch's device.
+    def of(self, index: int, batch: Tensor) -> Answer:
+        """The answer to batch number `index`, on the batch's device.
 
         Raises ImagesError when the batch is not the one that had this number before.
         """
         self._refuse_another(index, batch)
-        if (index, self.family.blocks[-1]) not in self.places:
+        if index not in self.beside:
             return self._computed(index, batch)
         assert self.buffer is not None
-        states = {}
+        units = {}
         for block in self.family.blocks:
             start, shape = self.places[index, block]
-            states[block] = self.buffer[start : start + shape.numel()].view(shape).to(batch.device).float()
-        return states
+            units[block] = self.buffer[start : start + shape.numel()].view(shape).to(batch.device).float()
+        lengths, logits = self.beside[index]
+        return Answer(units, {block: of.to(batch.device) for block, of in lengths.items()}, logits.to(batch.device))
 
     def _refuse_another(self, index: int, batch: Tensor) -> None:
         """A loader that shuffles or augments would be compared with the states of other images."""
@@ -120,11 +132,14 @@ class TeacherStates:
     def close(self) -> None:
         """Let go of memory and of the spill file."""
         self.buffer = None
+        self.beside.clear()
 
-    def _computed(self, index: int, batch: Tensor) -> dict[str, Tensor]:
+    def _computed(self, index: int, batch: Tensor) -> Answer:
         with torch.no_grad(), block_outputs(self.teacher, self.family.blocks) as outputs:
-            self.teacher(batch)
-        halves = {block: _unit(rows(outputs[block], self.family.states)).half() for block in self.family.blocks}
+            logits = self.teacher(batch)
+        found = {block: rows(outputs[block], self.family.states) for block in self.family.blocks}
+        lengths = {block: _length(state) for block, state in found.items()}
+        halves = {block: (state / lengths[block].unsqueeze(-1)).half() for block, state in found.items()}
         for block, half in halves.items():
             if not bool(torch.isfinite(half).all()):
                 raise NumericalError(f"teacher: the output of {block} is not finite; the weights or images hold NaN")
@@ -132,7 +147,8 @@ class TeacherStates:
             self._choose(sum(half.numel() for half in halves.values()) / len(batch))
         if self.buffer is not None:
             self._store(index, halves)
-        return {block: half.float() for block, half in halves.items()}
+            self.beside[index] = ({block: length.cpu() for block, length in lengths.items()}, logits.cpu())
+        return Answer({block: half.float() for block, half in halves.items()}, lengths, logits)
 
     def _choose(self, numbers_per_image: float) -> None:
         numbers = math.ceil(numbers_per_image * _count(self.replay))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,17 @@ class NM:
         if not 0 < self.n < self.m:
             raise BudgetError(f"N:M pattern {self.n}:{self.m} needs 0 < N < M (N weights of every M stay)")
 
+    @classmethod
+    def of(cls, text: str) -> NM:
+        """Of "N:M". Raises BudgetError."""
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if found is None:
+            raise BudgetError(f"N:M pattern {text!r} is not two numbers, as in 2:4 (2 weights of every 4 stay)")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -76,7 +88,7 @@ class Allocation:
 
     `kept` and `total` map a dotted name to a count; `asked` is the number the budget asked for.
     `cost`: what one of a layer's weights costs of the budget, if not 1 (MACs). `evidence`: what the
-    decision rests on, as plain JSON values.
+    decision rests on, as plain JSON values. `pattern`: how the weights that stay lie in every layer, if not anyhow.
     """
 
     unit: str
@@ -85,6 +97,7 @@ class Allocation:
     asked: int
     cost: Mapping[str, int] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    pattern: NM | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in ("weights", "neurons"):
@@ -115,11 +128,13 @@ class Mask:
     """Which weights stay.
 
     `keep` maps a layer's dotted name to a bool tensor of its weight's shape. `updates` maps a
-    parameter's dotted name to the value it takes before masking (methods that also repair).
+    parameter's dotted name to the value it takes before masking (methods that also repair). `pattern`
+    is what every layer obeys, so that whoever moves the mask keeps to it.
     """
 
     keep: Mapping[str, Tensor]
     updates: Mapping[str, Tensor] = field(default_factory=dict)
+    pattern: NM | None = None
 
     def __post_init__(self) -> None:
         for layer, keep in self.keep.items():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from heal.method import Statistics
-from heal.values import Allocation, ChannelCut, LayerStats, Mask
+from heal.values import NM, Allocation, ChannelCut, LayerStats, Mask
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -72,6 +72,7 @@ def save_allocation(allocation: Allocation, method: str, params: Mapping[str, An
         "layers": list(allocation.kept),
         "cost": dict(allocation.cost),
         "evidence": dict(allocation.evidence),
+        "pattern": _text(allocation.pattern),
     }
     write_json(folder / "allocation.json", content)
 
@@ -81,7 +82,8 @@ def load_allocation(folder: Path) -> Allocation:
     content = read_json(folder / "allocation.json")
     kept = {layer: content["kept"][layer] for layer in content["layers"]}
     total = {layer: content["total"][layer] for layer in kept}
-    return Allocation(content["unit"], kept, total, content["asked"], content["cost"], content["evidence"])
+    evidence, pattern = content["evidence"], _pattern(content["pattern"])
+    return Allocation(content["unit"], kept, total, content["asked"], content["cost"], evidence, pattern)
 
 
 def save_pruned(pruned: Mask | ChannelCut, lines: tuple[str, ...], folder: Path) -> None:
@@ -92,6 +94,8 @@ def save_pruned(pruned: Mask | ChannelCut, lines: tuple[str, ...], folder: Path)
     content: dict[str, Any] = {"kind": "mask", "names": list(pruned.keep), "lines": list(lines)}
     if isinstance(pruned, ChannelCut):
         content |= {"kind": "cut", "total": dict(pruned.total)}
+    else:
+        content |= {"pattern": _text(pruned.pattern)}
     write_json(folder / "pruned.json", content)
 
 
@@ -100,7 +104,17 @@ def load_pruned(folder: Path) -> Mask | ChannelCut:
     content, tensors = read_json(folder / "pruned.json"), load_file(folder / "pruned.safetensors")
     keep = {name: tensors[f"keep/{name}"] for name in content["names"]}
     updates = {name.removeprefix("update/"): value for name, value in tensors.items() if name.startswith("update/")}
-    return Mask(keep, updates) if content["kind"] == "mask" else ChannelCut(keep, content["total"], updates)
+    if content["kind"] == "cut":
+        return ChannelCut(keep, content["total"], updates)
+    return Mask(keep, updates, _pattern(content["pattern"]))
+
+
+def _text(pattern: NM | None) -> str | None:
+    return None if pattern is None else str(pattern)
+
+
+def _pattern(text: str | None) -> NM | None:
+    return None if text is None else NM.of(text)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

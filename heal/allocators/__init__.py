@@ -7,6 +7,7 @@ from heal.allocators.global_magnitude import GlobalMagnitude
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.l2_normalised import L2Normalised
 from heal.allocators.lamp import Lamp
+from heal.allocators.n_of_m import NOfM
 from heal.allocators.projection_forced import ProjectionForced
 from heal.allocators.raw_damage import RawDamage
 from heal.allocators.relative_repairability import RelativeRepairability
@@ -23,6 +24,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "global_variance": GlobalVariance,
     "l2_normalised": L2Normalised,
     "lamp": Lamp,
+    "n_of_m": NOfM,
     "projection_forced": ProjectionForced,
     "raw_damage": RawDamage,
     "relative_repairability": RelativeRepairability,

@@ -11,12 +11,14 @@ hardware multiplies bfloat16, `precision: auto` autocasts to it (the code is flo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heal.errors import MethodError
@@ -26,7 +28,7 @@ from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.naming import refuse_unknown
-from heal.states import TeacherStates, alignment, block_outputs, cosine, rows
+from heal.states import Answer, TeacherStates, alignment, block_outputs, cosine, rows
 from heal.training import Schedule, Step, Training, fit, precision_on
 
 
@@ -37,6 +39,11 @@ class Starfish:
     epochs, batch_size: at least 1; 10 and 32. lr, min_lr: 0 <= min_lr <= lr; 6e-4 and 1e-6 (all as
     the official code). precision: "auto" takes bfloat16 autocast where the hardware has it; the loss
     is float32 in any case.
+
+    Ours, and off: affine: every vector trains, too (biases, norms, layer scales). mse: weight, >= 0, of the squared
+    error of the states over the mean square of the teacher's; the cosine is blind to their lengths. kl: weight, >= 0,
+    of T^2 KL(teacher's classes, student's) at temperature T, > 0; 2. depth: exponent, >= 0, of a block's number in
+    its share of the loss; 0 is the plain mean.
     """
 
     unit: ClassVar[str] = "any"
@@ -45,8 +52,18 @@ class Starfish:
     lr: float = 6e-4
     min_lr: float = 1e-6
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    affine: bool = False
+    mse: float = 0.0
+    kl: float = 0.0
+    temperature: float = 2.0
+    depth: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("mse", "kl", "depth"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise MethodError(f"starfish.{name} = {getattr(self, name):g} must be at least 0, and finite")
+        if not 0 < self.temperature < math.inf:
+            raise MethodError(f"starfish.temperature = {self.temperature:g} must be greater than 0, and finite")
         Schedule(self.epochs, self.lr, self.min_lr)
         refuse_unknown("starfish.precision", self.precision, ("auto", "float32", "bfloat16"))
         if self.batch_size < 1:
@@ -70,37 +87,59 @@ class Starfish:
         before = alignment(student, teacher, images)
         states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, log)
         try:
-            losses = _train(student, teacher, replay, states, schedule, context)
+            losses = self._train(student, teacher, replay, states, schedule, context)
         finally:
             states.close()
         after = alignment(student, teacher, images)
         return HealingReport("starfish", asdict(self), losses, before, after, time.perf_counter() - began, tuple(notes))
 
+    def _train(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        replay: Replay,
+        states: TeacherStates,
+        schedule: Schedule,
+        context: HealContext,
+    ) -> tuple[float, ...]:
+        family = describe(teacher)
+        weights = {f"{layer}.weight" for layer in family.layers}
+        trainable = {
+            name: parameter
+            for name, parameter in student.named_parameters()
+            if name in weights or (self.affine and parameter.ndim == 1)
+        }
+        device = next(student.parameters()).device
+        shares = torch.arange(1, len(family.blocks) + 1, device=device).float() ** self.depth
+        shares /= shares.mean()
+        with evaluating(teacher), block_outputs(student, family.blocks) as ours:
 
-def _train(
-    student: nn.Module,
-    teacher: nn.Module,
-    replay: Replay,
-    states: TeacherStates,
-    schedule: Schedule,
-    context: HealContext,
-) -> tuple[float, ...]:
-    family = describe(teacher)
-    names = [f"{layer}.weight" for layer in family.layers]
-    trainable = {name: student.get_parameter(name) for name in names}
-    device = next(student.parameters()).device
-    with evaluating(teacher), block_outputs(student, family.blocks) as ours:
+            def loss(step: Step, batch: Tensor) -> Tensor:
+                batch = batch.to(device)
+                logits = student(batch)
+                with torch.autocast(device.type, enabled=False):
+                    answer = states.of(step.index, batch)
+                    apart = [self._apart(rows(ours[block], family.states), answer, block) for block in family.blocks]
+                    total = (torch.stack(apart) * shares).mean()
+                    return total + self.kl * _divergence(logits, answer.logits, self.temperature) if self.kl else total
 
-        def loss(step: Step, batch: Tensor) -> Tensor:
-            batch = batch.to(device)
-            student(batch)
-            with torch.autocast(device.type, enabled=False):
-                targets = states.of(step.index, batch)
-                terms = [1 - cosine(rows(ours[b], family.states), targets[b]) for b in family.blocks]
-                return torch.stack(terms).mean()
+            masks = Fixed.of(context.pruned, trainable)
+            return fit(student, Training("starfish", lambda _: replay, loss, trainable, schedule, masks), context)
 
-        masks = Fixed.of(context.pruned, trainable)
-        return fit(student, Training("starfish", lambda _: replay, loss, trainable, schedule, masks), context)
+    def _apart(self, state: Tensor, answer: Answer, block: str) -> Tensor:
+        """How far rows [r, d] of a block are from the teacher's (scalar)."""
+        unit, length = answer.units[block], answer.lengths[block]
+        turned = 1 - cosine(state, unit)
+        if not self.mse:
+            return turned
+        error = (state - unit * length.unsqueeze(-1)).square().sum(-1).mean()
+        return turned + self.mse * error / length.square().mean()
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL of logits [n, classes], mean over images."""
+    own, wanted = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
+    return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _both(notes: list[str], log: Callable[[str], None]) -> Callable[[str], None]:

@@ -101,7 +101,8 @@ class Unipts:
         self, student: nn.Module, teacher: nn.Module, images: Images, mask: Mask, context: HealContext
     ) -> tuple[tuple[float, ...], Mask]:
         trainable = dict(student.named_parameters())
-        masks = Dynamic({f"{layer}.weight": int(keep.count_nonzero()) for layer, keep in mask.keep.items()}, self.decay)
+        kept = {f"{layer}.weight": int(keep.count_nonzero()) for layer, keep in mask.keep.items()}
+        masks = Dynamic(kept, self.decay, mask.pattern)
         batches = _Epochs(images, self.batch_size, context.seed)
         loss = _Loss(self, student, teacher, context.seed)
         training = Training("unipts", batches.of, loss, trainable, self.schedule, masks, norms="batch")
@@ -109,7 +110,7 @@ class Unipts:
         with evaluating(teacher), _normalising(teacher, self.teacher):
             losses = fit(student, training, context)
         keep = masks.materialise(trainable)
-        return losses, Mask({layer: keep[f"{layer}.weight"].cpu() for layer in mask.keep})
+        return losses, Mask({layer: keep[f"{layer}.weight"].cpu() for layer in mask.keep}, pattern=mask.pattern)
 
     @property
     def schedule(self) -> Schedule:

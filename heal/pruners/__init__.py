@@ -3,10 +3,14 @@
 from heal.method import Pruner
 from heal.pruners.magnitude import Magnitude
 from heal.pruners.none import NoPruning
+from heal.pruners.obs import Obs
 from heal.pruners.variance import Variance
+from heal.pruners.wanda import Wanda
 
 PRUNERS: dict[str, type[Pruner]] = {
     "magnitude": Magnitude,
     "none": NoPruning,
+    "obs": Obs,
     "variance": Variance,
+    "wanda": Wanda,
 }

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from heal.masking import keep_largest
+from heal.masking import keep_best
 from heal.method import Statistics
 from heal.values import Allocation, Mask
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Keep each layer's weights of largest magnitude, exactly as many as the allocation says."""
+    """Keep each layer's weights of largest magnitude: as many as the allocation says, in its pattern if it has one."""
 
     unit: ClassVar[str] = "weights"
 
@@ -26,4 +26,5 @@ class Magnitude:
     def prune(self, model: nn.Module, allocation: Allocation, statistics: Statistics) -> Mask:
         """The mask."""
         weights = {layer: model.get_submodule(layer).get_parameter("weight").detach() for layer in allocation.kept}
-        return Mask({layer: keep_largest(w.abs(), allocation.kept[layer]).cpu() for layer, w in weights.items()})
+        keep = {layer: keep_best(w.abs(), allocation.kept[layer], allocation.pattern) for layer, w in weights.items()}
+        return Mask({layer: kept.cpu() for layer, kept in keep.items()}, pattern=allocation.pattern)

@@ -291,6 +291,10 @@ def test_teacher_states_are_the_blocks_outputs() -> None:
     with torch.no_grad():
         model(images)
     handle.remove()
-    unit = seen[0].flatten(0, 1) / seen[0].flatten(0, 1).norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(first["blocks.1"], unit, rtol=1e-3, atol=1e-3)
-    assert torch.equal(first["blocks.1"], again["blocks.1"])
+    lengths = seen[0].flatten(0, 1).norm(dim=-1)
+    unit = seen[0].flatten(0, 1) / lengths.unsqueeze(-1)
+    torch.testing.assert_close(first.units["blocks.1"], unit, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(first.lengths["blocks.1"], lengths)
+    assert torch.equal(first.units["blocks.1"], again.units["blocks.1"])
+    assert torch.equal(first.lengths["blocks.1"], again.lengths["blocks.1"])
+    assert torch.equal(first.logits, again.logits)

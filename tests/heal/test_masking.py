@@ -48,12 +48,31 @@ def test_keep_n_of_m_keeps_the_n_largest_of_every_group(rows: int, groups: int, 
             assert set(inside) == best(values[row, start : start + m], n)
 
 
-def test_keep_n_of_m_of_a_convolution_groups_its_flattened_input() -> None:
-    weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+def test_keep_n_of_m_of_a_convolution_groups_its_input_channels_at_one_place_of_the_kernel() -> None:
+    weight = torch.randn(6, 8, 3, 2, generator=torch.Generator().manual_seed(0))
     keep = masking.keep_n_of_m(weight, NM(2, 4))
-    flat = masking.keep_n_of_m(weight.flatten(1), NM(2, 4))
-    assert torch.equal(keep.flatten(1), flat)
-    assert int(keep.sum()) == weight.numel() // 2
+    assert masking.is_n_of_m(keep, NM(2, 4))
+    for down in range(3):
+        for right in range(2):
+            one = masking.keep_n_of_m(weight[:, :, down, right], NM(2, 4))
+            assert torch.equal(keep[:, :, down, right], one)
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.data())
+def test_keep_by_row_keeps_equally_many_of_every_row(rows: int, width: int, data: st.DataObject) -> None:
+    values = data.draw(arrays.arrays(np.float32, (rows, width), elements=few))
+    kept = data.draw(st.integers(0, rows * width))
+    keep = masking.keep_by_row(torch.from_numpy(values), kept).numpy()
+    each, rest = divmod(kept, rows)
+    assert keep.sum() == kept
+    following = [sorted(row, reverse=True)[each] if rest else 0.0 for row in values]
+    more = [int(keep[row].sum()) - each for row in range(rows)]
+    assert sorted(more) == [0] * (rows - rest) + [1] * rest
+    for row in range(rows):
+        assert set(np.flatnonzero(keep[row])) == best(values[row], each + more[row])
+    if rest:
+        chosen = [following[row] for row in range(rows) if more[row]]
+        assert min(chosen) >= max([following[row] for row in range(rows) if not more[row]], default=min(chosen))
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (4, 3, 3, 3), (8,), (2, 0)])
