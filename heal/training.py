@@ -50,13 +50,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam with torch's betas and epsilon. factors: of the learning rate of a parameter by its name, where not 1."""
+    """Adam with torch's betas and epsilon. factors: of the learning rate of a parameter by its name, where not 1.
+
+    weight_decay: >= 0, decoupled (AdamW).
+    """
 
     factors: Mapping[str, float] = field(default_factory=dict)
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight_decay < math.inf:
+            raise MethodError(f"weight_decay = {self.weight_decay:g} must be at least 0, and finite")
 
     def over(self, trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser; the loop sets its learning rates."""
-        return torch.optim.Adam(_groups(trainable, self.factors), foreach=False)
+        return torch.optim.AdamW(_groups(trainable, self.factors), weight_decay=self.weight_decay, foreach=False)
 
 
 @dataclass(frozen=True)

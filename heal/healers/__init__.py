@@ -2,7 +2,9 @@
 
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration
 from heal.healers.bias_correction import BiasCorrection
+from heal.healers.blockwise import Blockwise
 from heal.healers.closed_form import ClosedForm
+from heal.healers.distill import Distill
 from heal.healers.layerwise import Layerwise
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.none import NoHealing
@@ -17,7 +19,9 @@ from heal.method import Healer
 HEALERS: dict[str, type[Healer]] = {
     "batchnorm_recalibration": BatchnormRecalibration,
     "bias_correction": BiasCorrection,
+    "blockwise": Blockwise,
     "closed_form": ClosedForm,
+    "distill": Distill,
     "layerwise": Layerwise,
     "layerwise_variance": LayerwiseVariance,
     "none": NoHealing,

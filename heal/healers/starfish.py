@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heal.errors import MethodError
 from heal.families.lookup import describe
+from heal.healers.distill import divergence
 from heal.images import Images, Replay, is_array, shuffled
 from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
@@ -121,7 +121,7 @@ class Starfish:
                     answer = states.of(step.index, batch)
                     apart = [self._apart(rows(ours[block], family.states), answer, block) for block in family.blocks]
                     total = (torch.stack(apart) * shares).mean()
-                    return total + self.kl * _divergence(logits, answer.logits, self.temperature) if self.kl else total
+                    return total + self.kl * divergence(logits, answer.logits, self.temperature) if self.kl else total
 
             masks = Fixed.of(context.pruned, trainable)
             return fit(student, Training("starfish", lambda _: replay, loss, trainable, schedule, masks), context)
@@ -134,12 +134,6 @@ class Starfish:
             return turned
         error = (state - unit * length.unsqueeze(-1)).square().sum(-1).mean()
         return turned + self.mse * error / length.square().mean()
-
-
-def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL of logits [n, classes], mean over images."""
-    own, wanted = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
-    return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _both(notes: list[str], log: Callable[[str], None]) -> Callable[[str], None]:

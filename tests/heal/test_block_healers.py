@@ -1,0 +1,136 @@
+"""Blockwise reconstruction, distillation and STARFISH's options, against loops that are written out."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import heal
+from heal.errors import MethodError
+from heal.families.lookup import describe
+from heal.healers.blockwise import Blockwise
+from heal.healers.distill import Distill
+from heal.healers.starfish import Starfish
+from heal.images import generator, shuffled
+from heal.method import HealContext
+from heal.values import Mask
+from tests.heal import nets
+
+
+def masked(net: str) -> tuple[nn.Module, nn.Module, Mask]:
+    """(dense, its student, the mask)."""
+    dense = nets.build(net)
+    result = heal.recompress(dense, nets.images(2), heal.Budget(weights=0.5), "uniform", "magnitude", ["none"])
+    assert isinstance(result.pruned, Mask)
+    return dense, result.model, result.pruned
+
+
+def states(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What every block gives, and the logits."""
+    seen: list[Tensor] = []
+    blocks = [model.get_submodule(block) for block in describe(model).blocks]
+    handles = [block.register_forward_hook(lambda m, a, output: seen.append(output)) for block in blocks]
+    logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return seen, logits
+
+
+def remask(student: nn.Module, mask: Mask) -> None:
+    with torch.no_grad():
+        for layer, keep in mask.keep.items():
+            student.get_parameter(f"{layer}.weight").mul_(keep)
+
+
+@pytest.mark.parametrize("net", ["vit", "resnet"])
+def test_blockwise_is_a_loop_over_blocks(net: str) -> None:
+    dense, student, mask = masked(net)
+    images, steps, expected = nets.images(8), 4, copy.deepcopy(student)
+    for at, block in enumerate(describe(dense).blocks):
+        module = expected.get_submodule(block)
+        optimiser = torch.optim.Adam(module.parameters(), lr=1e-3)
+        numbers = torch.randint(4, (steps,), generator=generator(3, f"blockwise batches of {block}")).tolist()
+        for step, number in enumerate(numbers):
+            batch = images[2 * number : 2 * number + 2]
+            with torch.no_grad():
+                wanted = states(dense, batch)[0][at]
+            found = states(expected, batch)[0][at]
+            optimiser.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / steps)) / 2
+            loss = (found - wanted).square().mean() / wanted.square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            remask(expected, mask)
+    Blockwise(steps=steps, batch_size=2, lr=1e-3).heal(student, dense, images, HealContext(pruned=mask, seed=3))
+    for (name, value), other in zip(expected.state_dict().items(), student.state_dict().values(), strict=True):
+        assert torch.allclose(value, other, atol=2e-5), name
+
+
+def test_distillation_follows_the_teachers_answers() -> None:
+    dense, student, mask = masked("vit")
+    images, expected = nets.images(6), copy.deepcopy(student)
+    order = shuffled(6, 5, "distill order")
+    optimiser = torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0.1)
+    for step in range(6):
+        batch = images[order[2 * (step % 3) : 2 * (step % 3) + 2]]
+        with torch.no_grad():
+            wanted = (dense(batch) / 3).softmax(-1)
+        found = (expected(batch) / 3).log_softmax(-1)
+        loss = 9 * (wanted * (wanted.log() - found)).sum(-1).mean()
+        optimiser.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 6)) / 2
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        remask(expected, mask)
+    method = Distill(epochs=2, batch_size=2, lr=1e-3, weight_decay=0.1, temperature=3)
+    report = method.heal(student, dense, images, HealContext(pruned=mask, seed=5))
+    assert len(report.losses) == 6
+    for (name, value), other in zip(expected.state_dict().items(), student.state_dict().values(), strict=True):
+        # The gradient of a key's bias is rounding alone, which Adam makes as large as any.
+        assert torch.allclose(value, other, atol=1e-4) or name.endswith("qkv.bias"), name
+
+
+def test_starfish_with_all_options_descends_its_written_out_loss() -> None:
+    dense, student, mask = masked("vit")
+    images = nets.images(4)
+    method = Starfish(epochs=1, batch_size=4, lr=1e-3, affine=True, mse=0.5, kl=0.25, temperature=4, depth=2)
+    with torch.no_grad():
+        theirs, wanted = states(dense, images)
+        ours, logits = states(student, images)
+        parts = []
+        for s, t in zip(ours, theirs, strict=True):
+            turned = 1 - F.cosine_similarity(s, t, dim=-1).mean()
+            parts.append(turned + 0.5 * (s - t).square().sum() / t.square().sum())
+        shares = torch.tensor([float(number**2) for number in range(1, len(parts) + 1)])
+        states_loss = (torch.stack(parts) * shares).sum() / shares.sum()
+        soft = (wanted / 4).softmax(-1)
+        answers = 16 * (soft * (soft.log() - (logits / 4).log_softmax(-1))).sum(-1).mean()
+    before = copy.deepcopy(student.state_dict())
+    report = method.heal(student, dense, images, HealContext(pruned=mask))
+    assert report.losses[0] == pytest.approx(float(states_loss + 0.25 * answers), rel=1e-3)
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"norm.weight", "head.bias", "blocks.0.norm1.weight", "blocks.0.attn.qkv.bias"} <= moved
+    assert "head.weight" not in moved and "pos_embed" not in moved
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Blockwise(steps=0), r"blockwise\.steps = 0 must be at least 1"),
+        (lambda: Blockwise(lr=0), r"blockwise\.lr = 0 must be greater than 0"),
+        (lambda: Distill(batch_size=0), r"distill\.batch_size = 0"),
+        (lambda: Distill(temperature=0), r"distill\.temperature = 0"),
+        (lambda: Distill(weight_decay=-1), "weight_decay = -1"),
+        (lambda: Starfish(kl=-1), r"starfish\.kl = -1"),
+        (lambda: Starfish(temperature=0), r"starfish\.temperature = 0"),
+    ],
+)
+def test_wrong_params_are_refused(make: object, said: str) -> None:
+    assert callable(make)
+    with pytest.raises(MethodError, match=said):
+        make()
