@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from heal.errors import NumericalError
+from heal.errors import ArchitectureError
 from heal.families.discovery import channel_axis
 from heal.images import Images, Replay
 from heal.merging import merge
@@ -48,7 +48,7 @@ def capture(
     Rows are pooled over images and positions; channels are the last axis of what a Linear sees and
     axis 1 of what a convolution sees. The model is run once, in eval mode, without gradients, and
     keeps its mode and hooks. stop_early: leave each pass as soon as every tap was seen once, which saves
-    what lies behind them. Raises NumericalError on NaN or infinity.
+    what lies behind them. Raises NumericalError on NaN or infinity, ArchitectureError where nothing passed a tap.
     """
     streams = {tap: _stream(model, tap, comoment) for tap, comoment in taps.items()}
     replay = Replay(images, batch_size)
@@ -138,7 +138,10 @@ class _Stream:
 
     def results(self, tap: str) -> dict[str, LayerStats]:
         if self.total is None:
-            raise NumericalError(f"statistics: nothing passed {tap}; the module is not used in the forward pass")
+            raise ArchitectureError(
+                f"statistics: nothing passed {tap}; the network reads its weight without calling it, or never does: "
+                "choose methods that need no statistics of it"
+            )
         on_cpu = {"mean": self.total.mean.cpu(), "m2": self.total.m2.cpu()}
         comoment = None if self.total.comoment is None else self.total.comoment.cpu()
         return {tap: LayerStats(count=self.total.count, comoment=comoment, **on_cpu)}

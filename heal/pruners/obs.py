@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from heal.errors import MethodError, NumericalError
+from heal.errors import ArchitectureError, MethodError, NumericalError
 from heal.masking import keep_best
 from heal.merging import merge
 from heal.method import Statistics
@@ -51,6 +51,10 @@ class Obs:
         keep, updates = {}, {}
         for layer, kept in allocation.kept.items():
             module = model.get_submodule(layer)
+            if f"{layer}.patches/0" not in statistics:
+                raise ArchitectureError(
+                    f"obs: nothing passed {layer}; the network reads its weight without calling it: choose magnitude"
+                )
             stats = merge(statistics[f"{layer}.patches/0"], statistics[f"{layer}.patches/1"])
             weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
             try:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from heal.errors import ImagesError, NumericalError
+from heal.errors import ArchitectureError, ImagesError, NumericalError
 from heal.families.lookup import describe
 from heal.merging import merge
 from heal.statistics import capture, moments
@@ -106,5 +106,5 @@ def test_a_tap_that_nothing_passes_is_named() -> None:
     model(torch.zeros(1, 3, 8, 8))
     model.add_module("unused", nn.Identity())
     model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign, operator]
-    with pytest.raises(NumericalError, match=r"unused\.input"):
+    with pytest.raises(ArchitectureError, match=r"unused\.input"):
         capture(model, torch.randn(2, 3, 8, 8), {"unused.input": False})
