@@ -88,7 +88,7 @@ REPAIRS: dict[str, Repair] = {
     "layerwise, 300 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
     "unipts, 30 epochs": Repair((Unipts(epochs=30, augment=False),)),
 }
-METHODS = Methods(ALLOCATIONS, REPAIRS, batch_size=250, damage_images=256)
+METHODS = Methods(ALLOCATIONS, REPAIRS, batch_size=250, measured=256)
 COARSE = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
 FREE = [
     "none",

@@ -22,7 +22,7 @@ from heal.healers.batchnorm_recalibration import BatchnormRecalibration
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.variance_matching import VarianceMatching
-from heal.method import AllocationContext, Allocator, HealContext, Healer, Statistics, after, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, Statistics, after, taps
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.statistics import capture
@@ -84,12 +84,20 @@ class Images:
 
 @dataclass(frozen=True)
 class Methods:
-    """What is crossed, by the names of the table. batch_size: of predictions. damage_images: measure layers' damage."""
+    """What is crossed, by the names of the table. batch_size: of predictions. measured: images, of layers' statistics.
+
+    pruners: of an allocation, if it is not magnitude's.
+    """
 
     allocations: Mapping[str, Allocator]
     repairs: Mapping[str, Repair]
     batch_size: int
-    damage_images: int
+    measured: int
+    pruners: Mapping[str, Pruner] = field(default_factory=dict)
+
+    def pruner(self, allocation: str) -> Pruner:
+        """What masks the layers of an allocation."""
+        return self.pruners.get(allocation, Magnitude())
 
 
 class Cross:
@@ -102,9 +110,9 @@ class Cross:
 
     @cached_property
     def statistics(self) -> Statistics:
-        """What the allocations need, in one pass."""
-        wanted = taps(self.dense, list(self.methods.allocations.values()))
-        return capture(self.dense, self.images.views["plain"][: self.methods.damage_images], wanted)
+        """What allocations and pruners need, in one pass."""
+        wanted = taps(self.dense, [*self.methods.allocations.values(), *self.methods.pruners.values()])
+        return capture(self.dense, self.images.views["plain"][: self.methods.measured], wanted)
 
     @cached_property
     def answers(self) -> dict[str, Tensor]:
@@ -125,7 +133,9 @@ class Cross:
         allocation = self._allocated(name, sparsity) if repairs else None
         if allocation is None:
             return
-        mask = Magnitude().prune(self.dense, allocation, {})
+        pruner = self.methods.pruner(name)
+        mask = pruner.prune(self.dense, allocation, self.statistics if pruner.needs else {})
+        assert isinstance(mask, Mask)
         for repair in repairs:
             began = time.perf_counter()
             self._repair(self.methods.repairs[repair], mask)

@@ -10,21 +10,17 @@ takes those in. Writes mobile.csv; mobile_page.py makes the tables of it.
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
-import numpy
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.cross import (  # noqa: E402
     Cross,
-    Images,
     Methods,
     Repair,
     options,
@@ -32,6 +28,7 @@ from benchmarks.cross import (  # noqa: E402
     training_free,
     with_weights,
 )
+from benchmarks.imagenet import SUBSETS, read  # noqa: E402
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.lamp import Lamp  # noqa: E402
 from heal.allocators.raw_damage import RawDamage  # noqa: E402
@@ -45,8 +42,6 @@ from heal.healers.variance_matching import VarianceMatching  # noqa: E402
 from heal.method import Allocator  # noqa: E402
 
 NETS = ("tf_efficientnet_lite0", "mobilenetv2_100")
-SUBSETS = ("val1000", "val100", "nips17")
-SHORT, SIZE = 256, 224
 
 
 def _allocations(suffix: str, include: tuple[str, ...]) -> dict[str, Allocator]:
@@ -72,7 +67,7 @@ REPAIRS: dict[str, Repair] = {
     "unipts, 3 epochs": Repair((Unipts(epochs=3, augment=False),)),
     "unipts, 3 epochs as published": Repair((Unipts(epochs=3, lr=0.05, weight_decay=4e-5),)),
 }
-METHODS = Methods(ALLOCATIONS, REPAIRS, batch_size=8, damage_images=64)
+METHODS = Methods(ALLOCATIONS, REPAIRS, batch_size=8, measured=64)
 FREE = ["bn cumulative", "asr + bn ema_reset", "variance_matching"]
 
 
@@ -83,7 +78,7 @@ def main() -> None:
     table = table_of(HERE / "mobile.csv", ALLOCATIONS, REPAIRS, SUBSETS)
     for net in asked.net:
         dense = _dense(net, asked.data)
-        images = _images(asked.data, dense.pretrained_cfg)
+        images = read(asked.data, dense.pretrained_cfg)
         for seed in asked.seeds:
             cross = Cross(net, dense, images, seed, METHODS)
             for sparsity in asked.sparsities:
@@ -93,32 +88,6 @@ def main() -> None:
 
 def _dense(net: str, data: Path) -> nn.Module:
     return with_weights(timm.create_model(net), data / "weights" / f"{net}.safetensors")
-
-
-def _images(data: Path, preprocessing: dict[str, tuple[float, ...]]) -> Images:
-    with (data / "imagenet" / "evaluation_labels.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    mean, std = (torch.tensor(preprocessing[name]).view(3, 1, 1) for name in ("mean", "std"))
-    calibration = sorted((data / "imagenet" / "calibration").iterdir())
-    evaluation = [data / "imagenet" / "evaluation" / row["file"] for row in table]
-    return Images(
-        views={"plain": torch.stack([(_pixels(path) - mean) / std for path in calibration])},
-        test=torch.stack([(_pixels(path) - mean) / std for path in evaluation]),
-        labels=torch.tensor([int(row["class_index"]) for row in table]),
-        subsets={name: torch.tensor([row["subset"] == name for row in table]) for name in SUBSETS},
-    )
-
-
-def _pixels(path: Path) -> Tensor:
-    """The centre [3, 224, 224] of the image, its short side 256, in [0, 1]."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    if min(image.size) != SHORT:
-        scale = SHORT / min(image.size)
-        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = ((side - SIZE) // 2 for side in image.size)
-    centre = numpy.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
-    return torch.from_numpy(centre.copy()).permute(2, 0, 1).float() / 255
 
 
 if __name__ == "__main__":
