@@ -30,6 +30,7 @@ from benchmarks.cross import (  # noqa: E402
 )
 from benchmarks.imagenet import SUBSETS, read  # noqa: E402
 from heal.allocators.erk import Erk  # noqa: E402
+from heal.allocators.global_magnitude import GlobalMagnitude  # noqa: E402
 from heal.allocators.lamp import Lamp  # noqa: E402
 from heal.allocators.raw_damage import RawDamage  # noqa: E402
 from heal.allocators.relative_repairability import RelativeRepairability  # noqa: E402
@@ -49,6 +50,7 @@ def _allocations(suffix: str, include: tuple[str, ...]) -> dict[str, Allocator]:
         f"uniform{suffix}": Uniform(include=include),
         f"erk{suffix}": Erk(include=include),
         f"lamp{suffix}": Lamp(include=include),
+        f"global_magnitude{suffix}": GlobalMagnitude(include=include),
         f"raw_damage greedy{suffix}": RawDamage(include=include, rule="greedy"),
         f"rr prior{suffix}": RelativeRepairability(include=include),
         f"rr greedy{suffix}": RelativeRepairability(include=include, rule="greedy"),
@@ -63,7 +65,7 @@ MATCH = VarianceMatching(images=64)
 REPAIRS: dict[str, Repair] = {
     **training_free(batch_size=32, measured=64),
     "vm + starfish, 3 epochs": Repair((MATCH, Starfish(epochs=3))),
-    "layerwise, 300 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
+    "layerwise, 50 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=50), MATCH)),
     "unipts, 3 epochs": Repair((Unipts(epochs=3, augment=False),)),
     "unipts, 3 epochs as published": Repair((Unipts(epochs=3, lr=0.05, weight_decay=4e-5),)),
 }
