@@ -111,10 +111,7 @@ def main() -> None:
     for net in asked.net:
         for seed in asked.seeds:
             images = _images(asked.data, seed, asked.test_images)
-            cross = Cross(net, _dense(net, asked.data), images, seed, METHODS)
-            for sparsity in asked.sparsities:
-                for allocation in asked.allocations:
-                    cross.run(table, sparsity, allocation, asked.repairs)
+            Cross(net, _dense(net, asked.data), images, seed, METHODS).run(table, asked)
 
 
 def _dense(net: str, data: Path) -> nn.Module:

@@ -119,8 +119,13 @@ class Cross:
         """The dense network's logits."""
         return self._answers(self.dense)
 
-    def run(self, table: Table, sparsity: float, allocation: str, repairs: list[str]) -> None:
-        """Measure what the table lacks of one allocation, and say so."""
+    def run(self, table: Table, asked: argparse.Namespace) -> None:
+        """Measure what the table lacks of the sparsities, allocations and repairs that were asked for (`options`)."""
+        for sparsity in asked.sparsities:
+            for allocation in asked.allocations:
+                self._run(table, sparsity, allocation, asked.repairs)
+
+    def _run(self, table: Table, sparsity: float, allocation: str, repairs: list[str]) -> None:
         known = table.known()
         for row in self.rows(
             sparsity, allocation, [r for r in repairs if self._point(sparsity, allocation, r) not in known]

@@ -66,10 +66,7 @@ def main() -> None:
     dense = with_weights(timm.create_model(NET), asked.data / "weights" / f"{NET}.safetensors")
     images = read(asked.data, dense.pretrained_cfg)
     for seed in asked.seeds:
-        cross = Cross(NET, dense, images, seed, METHODS)
-        for sparsity in asked.sparsities:
-            for allocation in asked.allocations:
-                cross.run(table, sparsity, allocation, asked.repairs)
+        Cross(NET, dense, images, seed, METHODS).run(table, asked)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.deit_masks import ALLOCATIONS, REPAIRS, SUBSETS, table_of  # noqa: E402
-from benchmarks.pages import TOP1, crosses  # noqa: E402
+from benchmarks.pages import by_subset  # noqa: E402
 
 
 def main() -> None:
     """Write the page."""
     rows = table_of(HERE / "deit_masks.csv", ALLOCATIONS, REPAIRS, SUBSETS).rows()
-    page = [TOP1, "", "## All test images", *crosses(rows, ALLOCATIONS, REPAIRS)]
-    for subset in SUBSETS:
-        page += ["", f"## {subset} alone", *crosses(rows, ALLOCATIONS, REPAIRS, subset)]
+    page = by_subset(rows, ALLOCATIONS, REPAIRS, SUBSETS)
     (HERE / "deit_masks.md").write_text("\n".join(page) + "\n")
 
 

@@ -82,10 +82,7 @@ def main() -> None:
         dense = _dense(net, asked.data)
         images = read(asked.data, dense.pretrained_cfg)
         for seed in asked.seeds:
-            cross = Cross(net, dense, images, seed, METHODS)
-            for sparsity in asked.sparsities:
-                for allocation in asked.allocations:
-                    cross.run(table, sparsity, allocation, asked.repairs)
+            Cross(net, dense, images, seed, METHODS).run(table, asked)
 
 
 def _dense(net: str, data: Path) -> nn.Module:

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.mobile import ALLOCATIONS, REPAIRS, SUBSETS, table_of  # noqa: E402
-from benchmarks.pages import TOP1, crosses, curves, means  # noqa: E402
+from benchmarks.pages import by_subset, curves, means  # noqa: E402
 
 DRAWN = {"mobilenetv2_100": "bn cumulative", "tf_efficientnet_lite0": "variance_matching"}
 """The repair after which a network's allocations are drawn: the better of those that train nothing."""
@@ -23,9 +23,7 @@ DRAWN = {"mobilenetv2_100": "bn cumulative", "tf_efficientnet_lite0": "variance_
 def main() -> None:
     """Write the page."""
     rows = table_of(HERE / "mobile.csv", ALLOCATIONS, REPAIRS, SUBSETS).rows()
-    page = [TOP1, "", "## All test images", *crosses(rows, ALLOCATIONS, REPAIRS)]
-    for subset in SUBSETS:
-        page += ["", f"## {subset} alone", *crosses(rows, ALLOCATIONS, REPAIRS, subset)]
+    page = by_subset(rows, ALLOCATIONS, REPAIRS, SUBSETS)
     (HERE / "mobile.md").write_text("\n".join(page) + "\n")
     for net, repair in DRAWN.items():
         shown = [row for row in rows if (row["net"], row["repair"]) == (net, repair)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -43,6 +43,17 @@ def crosses(rows: Iterable[Row], allocations: Iterable[str], repairs: Iterable[s
     for (net, sparsity, count), cells in groups.items():
         page += ["", f"### {net}, {100 * float(sparsity):g} % masked, {count} test images", ""]
         page += lines_of(cells, names, columns)
+    return page
+
+
+def by_subset(
+    rows: Sequence[Row], allocations: Iterable[str], repairs: Iterable[str], subsets: Iterable[str]
+) -> list[str]:
+    """The crosses on all test images, then on each of their subsets."""
+    names, columns = list(allocations), list(repairs)
+    page = [TOP1, "", "## All test images", *crosses(rows, names, columns)]
+    for subset in subsets:
+        page += ["", f"## {subset} alone", *crosses(rows, names, columns, subset)]
     return page
 
 

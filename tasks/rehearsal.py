@@ -30,6 +30,10 @@ from tasks.progress import Progress
 from tasks.store import Store
 from tasks.table import STAGES
 
+if TYPE_CHECKING:
+    from tasks.params import Params
+    from tasks.plan import PlannedStage
+
 NAMED_BY = {
     "allocator": "allocation.method",
     "pruner": "pruning.method",
@@ -37,10 +41,6 @@ NAMED_BY = {
     "healers": "healing.methods",
 }
 """Which param names the method that a message of `check` begins with."""
-
-if TYPE_CHECKING:
-    from tasks.params import Params
-    from tasks.plan import PlannedStage
 
 
 def glance(params: Params) -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heal.errors import MethodError
@@ -20,6 +19,7 @@ from heal.images import Images, Replay, is_array, shuffled
 from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
+from heal.soft_answers import softened_kl
 from heal.states import alignment
 from heal.training import Adam, Schedule, Step, Training, fit
 
@@ -67,16 +67,10 @@ class Distill:
             batch = batch.to(device)
             with torch.no_grad():
                 wanted = teacher(batch)
-            return divergence(student(batch), wanted, self.temperature)
+            return softened_kl(student(batch), wanted, self.temperature)
 
         masks = Fixed.of(context.pruned, trainable)
         with evaluating(teacher):
             losses = fit(student, Training("distill", lambda _: replay, loss, trainable, self.schedule, masks), context)
         after = alignment(student, teacher, images)
         return HealingReport("distill", asdict(self), losses, before, after, time.perf_counter() - began)
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL (scalar) of logits [n, classes], mean over images; float32."""
-    own, wanted = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
-    return F.kl_div(own, wanted, reduction="batchmean", log_target=True) * temperature**2

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from heal.errors import MethodError
 from heal.families.lookup import describe
-from heal.healers.distill import divergence
 from heal.images import Images, Replay, is_array, shuffled
 from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.naming import refuse_unknown
+from heal.soft_answers import softened_kl
 from heal.states import Answer, TeacherStates, alignment, block_outputs, cosine, rows
 from heal.training import Schedule, Step, Training, fit, precision_on
 
@@ -121,7 +121,7 @@ class Starfish:
                     answer = states.of(step.index, batch)
                     apart = [self._apart(rows(ours[block], family.states), answer, block) for block in family.blocks]
                     total = (torch.stack(apart) * shares).mean()
-                    return total + self.kl * divergence(logits, answer.logits, self.temperature) if self.kl else total
+                    return total + self.kl * softened_kl(logits, answer.logits, self.temperature) if self.kl else total
 
             masks = Fixed.of(context.pruned, trainable)
             return fit(student, Training("starfish", lambda _: replay, loss, trainable, schedule, masks), context)

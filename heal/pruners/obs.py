@@ -1,9 +1,9 @@
 """Optimal brain surgery, column by column: what a weight did is taken over by the columns that are still to come.
 
-Source: SparseGPT (arXiv 2301.00774), whose code is read in research of OBS and OBC. Of every block of columns the
-weights go whose removal costs the layer's output least, w^2 / U_jj^2 with U the upper Cholesky factor of the inverse
-of the inputs' second moment; the rest of the row is moved to make up for it. Deviations: moments are centred, and the
-bias takes the change of the mean, which is the optimal bias; counts are exact; float64 throughout.
+Source: SparseGPT (arXiv 2301.00774) and the copy of its code in github.com/locuslab/wanda. Of every block of columns
+the weights go whose removal costs the layer's output least, w^2 / U_jj^2 with U the upper Cholesky factor of the
+inverse of the inputs' second moment; the rest of the row is moved to make up for it. Deviations: moments are centred,
+and the bias takes the change of the mean, which is the optimal bias; counts are exact; float64 throughout.
 """
 
 from __future__ import annotations

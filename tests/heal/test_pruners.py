@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import heal
 from heal.allocators.n_of_m import NOfM
 from heal.allocators.uniform import Uniform
 from heal.errors import BudgetError, MethodError
+from heal.healers.unipts import Unipts
 from heal.masking import is_n_of_m
 from heal.method import AllocationContext, Pruner, taps
 from heal.patches import patches
@@ -167,6 +169,17 @@ def test_a_pattern_holds_in_every_group_of_every_layer(net: str, pruner: Pruner)
     mask = pruner.prune(model, allocation, capture(model, images, taps(model, [pruner])))
     for layer, keep in mask.keep.items():
         assert is_n_of_m(keep, NM(1, 4)) and int(keep.sum()) == keep.numel() // 4, layer
+
+
+def test_a_mask_that_moves_keeps_its_pattern() -> None:
+    model, images = nets.build("resnet"), nets.images(8)
+    mover = Unipts(epochs=3, lr=0.5, batch_size=4, augment=False)
+    result = heal.recompress(model, images, Budget(weights=0.5), NOfM("2:4"), "magnitude", [mover])
+    begun = heal.recompress(model, images, Budget(weights=0.5), NOfM("2:4"), "magnitude", ["none"])
+    assert isinstance(result.pruned, Mask) and isinstance(begun.pruned, Mask)
+    assert any(not torch.equal(keep, begun.pruned.keep[layer]) for layer, keep in result.pruned.keep.items())
+    for layer, keep in result.pruned.keep.items():
+        assert is_n_of_m(keep, NM(2, 4)) and is_n_of_m(result.model.get_submodule(layer).weight != 0, NM(2, 4)), layer
 
 
 def test_what_cannot_carry_a_pattern_stays_dense_and_is_named() -> None:
