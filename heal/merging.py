@@ -19,4 +19,5 @@ def merge(a: LayerStats, b: LayerStats) -> LayerStats:
         mean=a.mean + delta * (b.count / count),
         m2=a.m2 + b.m2 + weight * delta.square(),
         comoment=comoment,
+        images=a.images + b.images,
     )

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from heal.channels import second_moment_tap
 from heal.errors import ArchitectureError, MethodError
 from heal.families.discovery import batch_norms
-from heal.families.family import Family
-from heal.families.lookup import describe
+from heal.families.family import HIDDEN, Family
+from heal.families.lookup import cuttable_or_raise, describe
 from heal.families.parts import parts
 from heal.images import Images
 from heal.progress import Report, quiet
@@ -174,30 +175,36 @@ def _refuse_order(healers: list[str], pruner: str) -> None:
 
 def refuse_unit(model: nn.Module, budget: Budget) -> None:
     """Raise ArchitectureError when the family's table cannot serve the budget's unit."""
-    family = describe(model)
-    if budget.removes == "neurons" and not family.pairs:
-        raise ArchitectureError(
-            f"family {family.name} has no table of MLP pairs, so no neurons can be cut; "
-            "give a budget in weights, or bring a family table"
-        )
+    if budget.removes == "neurons":
+        cuttable_or_raise(model)
 
 
 def taps(model: nn.Module, methods: Iterable[Allocator | Pruner | Healer]) -> dict[str, bool]:
     """The taps that the union of the methods' needs asks for; True where the second moment is."""
     family = describe(model)
     needs = frozenset[str]().union(*(method.needs for method in methods))
-    wanted: dict[str, bool] = {}
-    for pair in family.pairs:
-        if needs & {"moments", "second_moment"}:
-            wanted[f"{pair.consumer}.input"] = "second_moment" in needs
-        if "preactivation_moments" in needs:
-            wanted[f"{pair.producer}.output"] = False
+    wanted = _taps_of_cuts(model, family, needs)
     if any("patches" in need for need in needs) or "inputs" in needs:
         for layer, part in parts(model, family).items():
             if f"{part} patches" in needs:
                 wanted[f"{layer}.patches"] = True
             if "inputs" in needs:
                 wanted.setdefault(f"{layer}.input", False)
+    return wanted
+
+
+def _taps_of_cuts(model: nn.Module, family: Family, needs: frozenset[str]) -> dict[str, bool]:
+    """Of the groups that the allocator cuts ("cuts <kind>"), or of all hidden channels where none says so."""
+    kinds = {need.removeprefix("cuts ") for need in needs if need.startswith("cuts ")} or set(HIDDEN)
+    wanted: dict[str, bool] = {}
+    for group in family.groups_of(kinds).values():
+        for consumer in group.consumers:
+            if needs & {"moments", "channel_second_moment"}:
+                wanted[f"{consumer}.input"] = "channel_second_moment" in needs
+            if "second_moment" in needs:
+                wanted[second_moment_tap(model, consumer)] = True
+        if "preactivation_moments" in needs:
+            wanted[f"{group.producers[0]}.output"] = False
     return wanted
 
 

@@ -127,9 +127,11 @@ class _Stream:
     def __init__(self, channel_axis: int, comoment: bool) -> None:
         self.channel_axis, self.comoment = channel_axis, comoment
         self.total: LayerStats | None = None
+        self.images = 0
 
     def begin(self, images: int) -> None:
-        """Its rows are pooled over the images, so it need not know them."""
+        """A forward pass of so many images begins."""
+        self.images += images
 
     def add(self, x: Tensor) -> None:
         x = x.movedim(self.channel_axis, -1)
@@ -144,4 +146,4 @@ class _Stream:
             )
         on_cpu = {"mean": self.total.mean.cpu(), "m2": self.total.m2.cpu()}
         comoment = None if self.total.comoment is None else self.total.comoment.cpu()
-        return {tap: LayerStats(count=self.total.count, comoment=comoment, **on_cpu)}
+        return {tap: LayerStats(count=self.total.count, comoment=comoment, images=self.images, **on_cpu)}

@@ -187,14 +187,15 @@ class LayerStats:
     """Moments of one tap over all rows (image x position): float64, mergeable.
 
     `mean` [d], `m2` [d] the sum of squared deviations, `comoment` [d, d] the sum of products of
-    deviations (None when it was not asked for; of patches [groups, d / groups, d / groups]). Raises
-    NumericalError when not finite.
+    deviations (None when it was not asked for; of patches [groups, d / groups, d / groups]). `images`: how many
+    the rows come from, 0 where nobody counted. Raises NumericalError when not finite.
     """
 
     count: int
     mean: Tensor
     m2: Tensor
     comoment: Tensor | None = None
+    images: int = 0
 
     def __post_init__(self) -> None:
         for name in ("mean", "m2", "comoment"):

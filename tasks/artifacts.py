@@ -27,14 +27,15 @@ def read_json(path: Path) -> Any:
 
 
 def save_statistics(statistics: Statistics, folder: Path) -> None:
-    """statistics.safetensors (float64) and statistics.json (row counts)."""
+    """statistics.safetensors (float64) and statistics.json (counts of rows and images)."""
     tensors: dict[str, Tensor] = {}
     for tap, stats in statistics.items():
         tensors[f"{tap}/mean"], tensors[f"{tap}/m2"] = stats.mean, stats.m2
         if stats.comoment is not None:
             tensors[f"{tap}/comoment"] = stats.comoment
     _save(tensors, folder / "statistics.safetensors")
-    write_json(folder / "statistics.json", {tap: {"count": stats.count} for tap, stats in statistics.items()})
+    counts = {tap: {"count": stats.count, "images": stats.images} for tap, stats in statistics.items()}
+    write_json(folder / "statistics.json", counts)
 
 
 def load_statistics(folder: Path, comoments: bool = True) -> dict[str, LayerStats]:
@@ -44,7 +45,13 @@ def load_statistics(folder: Path, comoments: bool = True) -> dict[str, LayerStat
         tensors = {name: file.get_tensor(name) for name in names}
     counts = read_json(folder / "statistics.json")
     return {
-        tap: LayerStats(entry["count"], tensors[f"{tap}/mean"], tensors[f"{tap}/m2"], tensors.get(f"{tap}/comoment"))
+        tap: LayerStats(
+            entry["count"],
+            tensors[f"{tap}/mean"],
+            tensors[f"{tap}/m2"],
+            tensors.get(f"{tap}/comoment"),
+            entry["images"],
+        )
         for tap, entry in counts.items()
     }
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Kind = Literal["mlp", "inner", "residual", "qk", "v", "heads"]
+"""What a group's channels are: an MLP's hidden units; a convolutional block's inner channels; the residual stream;
+dimensions of queries and keys; of values; whole heads of attention."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HIDDEN: tuple[Kind, ...] = ("mlp", "inner")
+"""The kinds that are cut unasked: no block's output changes its width."""
 
 
 @dataclass(frozen=True)
@@ -13,12 +22,14 @@ class ChannelGroup:
     producers: modules whose output rows are sliced (Linear, Conv2d).
     followers: modules between that carry one value a channel (BatchNorm, depthwise Conv2d, GRN).
     consumers: modules whose input columns are sliced (Linear, Conv2d).
+    kind: what the channels are.
     """
 
     name: str
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     followers: tuple[str, ...] = ()
+    kind: Kind = "inner"
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class MlpPair:
     @property
     def group(self) -> ChannelGroup:
         """The pair as a channel group."""
-        return ChannelGroup(self.producer, (self.producer,), (self.consumer,))
+        return ChannelGroup(self.producer, (self.producer,), (self.consumer,), kind="mlp")
 
 
 @dataclass(frozen=True)
@@ -58,3 +69,7 @@ class Family:
     def cuttable(self) -> dict[str, ChannelGroup]:
         """Every channel group by its name, the MLP pairs included."""
         return {pair.producer: pair.group for pair in self.pairs} | {group.name: group for group in self.groups}
+
+    def groups_of(self, kinds: Collection[str]) -> dict[str, ChannelGroup]:
+        """The channel groups of these kinds by name."""
+        return {name: group for name, group in self.cuttable.items() if group.kind in kinds}

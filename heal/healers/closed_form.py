@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from heal.channels import columns, second_moment
 from heal.errors import MethodError, NumericalError
 from heal.families.lookup import cuttable_or_raise
 from heal.images import Images
@@ -28,7 +29,7 @@ from heal.values import ChannelCut, LayerStats
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """Ridge regression of every cut layer's consumer onto the dense outputs; no training.
+    """Ridge regression of every consumer of cut channels onto the dense outputs; no training.
 
     damping: share of the mean diagonal of C[S, S] added to it, > 0; 1e-3 (SparseGPT uses 1e-2).
     """
@@ -51,18 +52,21 @@ class ClosedForm:
             raise MethodError("closed_form repairs what a cut left; the pruner gave a mask: heal it by starfish")
         began = time.perf_counter()
         before = alignment(student, teacher, images)
-        pairs = cuttable_or_raise(teacher).pairs
-        for done, pair in enumerate(pairs, start=1):
-            dense = teacher.get_submodule(pair.consumer)
+        groups, keep = cuttable_or_raise(teacher).cuttable, context.pruned.keep
+        rows = {producer: keep[name] for name in keep for producer in groups[name].producers}
+        consumers = [(consumer, keep[name]) for name in keep for consumer in groups[name].consumers]
+        for done, (consumer, kept) in enumerate(consumers, start=1):
+            dense = teacher.get_submodule(consumer)
             weight, bias = solve(
                 dense.get_parameter("weight").detach().flatten(1),
                 dense.get_parameter("bias").detach() if dense.bias is not None else None,
-                context.statistics[f"{pair.consumer}.input"],
-                context.pruned.keep[pair.producer],
+                second_moment(context.statistics, teacher, consumer),
+                columns(dense, kept),
                 self.damping,
             )
-            _write(student.get_submodule(pair.consumer), weight, bias)
-            context.report("closed_form", done, len(pairs))
+            own = rows.get(consumer, torch.arange(len(weight)))
+            _write(student.get_submodule(consumer), weight[own], bias[own])
+            context.report("closed_form", done, len(consumers))
         after = alignment(student, teacher, images)
         return HealingReport("closed_form", asdict(self), (), before, after, time.perf_counter() - began)
 

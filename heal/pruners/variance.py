@@ -7,61 +7,46 @@ constant can cost; so the mean goes into the next layer's bias and the neuron go
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from heal.allocators.global_variance import variances
+from heal.channels import folded, highest
 from heal.families.lookup import cuttable_or_raise
 from heal.method import Statistics
 from heal.naming import refuse_unknown
 from heal.values import Allocation, ChannelCut
+from heal.variances import NEEDS, STATISTICS, Statistic, variances
 
 
 @dataclass(frozen=True)
 class Variance:
-    """Keep each MLP's neurons of highest variance, as many as the allocation says.
+    """Keep each group's channels of highest variance, as many as the allocation says.
 
     fold_mean: add W[:, cut] @ mean[cut] to the consumer's bias (the paper); off is its ablation.
-    statistic: "post" or "pre" the activation, as in the allocator. The folded mean is always the
-        one after the activation, whichever ranks (ours; the paper does not say).
+    statistic: "post", "pre", "weighted" or "denoised", as in the allocator. The folded mean is always the
+        one after the activation, whichever ranks (ours; the paper does not say). Behind a convolution of several
+        places with zero padding it is exact but for the border.
     """
 
     unit: ClassVar[str] = "neurons"
     fold_mean: bool = True
-    statistic: Literal["post", "pre"] = "post"
+    statistic: Statistic = "post"
 
     def __post_init__(self) -> None:
-        refuse_unknown("variance.statistic", self.statistic, ("post", "pre"))
+        refuse_unknown("variance.statistic", self.statistic, STATISTICS)
 
     @property
     def needs(self) -> frozenset[str]:
         """Which statistics it reads."""
-        return frozenset({"moments"} | ({"preactivation_moments"} if self.statistic == "pre" else set()))
+        return frozenset({"moments", NEEDS[self.statistic]})
 
     def prune(self, model: nn.Module, allocation: Allocation, statistics: Statistics) -> ChannelCut:
-        """The neurons that stay, and the consumers' new biases."""
-        scores = variances(model, statistics, self.statistic)
-        keep = {layer: _highest(scores[layer], kept) for layer, kept in allocation.kept.items()}
-        updates = self._folded(model, keep, statistics) if self.fold_mean else {}
+        """The channels that stay, and the consumers' new biases."""
+        cuttable = cuttable_or_raise(model).cuttable
+        groups = {name: cuttable[name] for name in allocation.kept}
+        removed = 1 - allocation.asked / allocation.whole
+        scores = variances(model, groups, statistics, self.statistic, removed)
+        keep = {name: highest(scores[name], kept) for name, kept in allocation.kept.items()}
+        updates = folded(model, groups, keep, statistics) if self.fold_mean else {}
         return ChannelCut(keep, dict(allocation.total), updates)
-
-    def _folded(self, model: nn.Module, keep: dict[str, Tensor], statistics: Statistics) -> dict[str, Tensor]:
-        updates = {}
-        for pair in cuttable_or_raise(model).pairs:
-            consumer = model.get_submodule(pair.consumer)
-            mean = statistics[f"{pair.consumer}.input"].mean.clone()
-            mean[keep[pair.producer]] = 0
-            weight = consumer.get_parameter("weight").detach().flatten(1)
-            bias = getattr(consumer, "bias", None)
-            shift = weight.double().cpu() @ mean
-            folded = shift if bias is None else bias.detach().double().cpu() + shift
-            updates[f"{pair.consumer}.bias"] = folded.to(weight)
-        return updates
-
-
-def _highest(scores: Tensor, kept: int) -> Tensor:
-    """Ascending indices of the `kept` highest scores; of equal ones the later stays."""
-    order = torch.argsort(scores, stable=True)
-    return order[len(order) - kept :].sort().values

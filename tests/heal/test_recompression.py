@@ -10,6 +10,7 @@ from torch import nn
 
 import heal
 from heal import cost, masking
+from heal.allocators.global_variance import GlobalVariance
 from heal.errors import ArchitectureError, InputError, MethodError, WeightsError
 from heal.families.lookup import describe
 from heal.healers.starfish import Starfish
@@ -89,10 +90,17 @@ def test_a_combination_that_makes_no_sense_is_refused(
         heal.recompress(nets.build("vit"), nets.images(), budget, allocator, pruner, healers)
 
 
-@pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenetv2", "efficientnet"])
-def test_neurons_of_a_network_without_pairs_are_refused(name: str) -> None:
-    with pytest.raises(ArchitectureError, match="weights"):
-        heal.recompress(nets.build(name), nets.images(), heal.Budget(neurons=0.5))
+@pytest.mark.parametrize("name", ["resnet", "bottleneck", "vgg", "mobilenetv2", "mobilenetv3", "efficientnet"])
+def test_a_convolutional_network_loses_inner_channels_and_is_repaired(name: str) -> None:
+    model, images, evenly = nets.build(name), nets.images(16, size=64), GlobalVariance(scope="layer")
+    folded, solved = (
+        heal.recompress(model, images, heal.Budget(neurons=0.4), evenly, healers=healers).model
+        for healers in ((), ("closed_form",))
+    )
+    assert sum(widths(folded).values()) == int(0.6 * sum(widths(model).values()) + 0.5)
+    with torch.no_grad():
+        dense, before, after = (net(images) for net in (model, folded, solved))
+    assert (after - dense).norm() < (before - dense).norm()
 
 
 def test_a_network_that_nobody_knows_is_masked_but_not_cut() -> None:
