@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from heal.families.family import HIDDEN, KINDS, ChannelGroup
+from heal.errors import ArchitectureError, MethodError
+from heal.families.family import KINDS, ChannelGroup
 from heal.families.lookup import cuttable_or_raise
 from heal.merging import merge
 from heal.naming import refuse_unknown
 from heal.values import LayerStats
 
-BESIDE = tuple(kind for kind in KINDS if kind not in HIDDEN)
+
+def refuse_unknown_kinds(param: str, kinds: Sequence[str]) -> None:
+    """Raise MethodError unless all are kinds of channel groups, and there is one."""
+    if not kinds:
+        raise MethodError(f"{param} is empty; name at least one of {', '.join(KINDS)}")
+    for kind in kinds:
+        refuse_unknown(param, kind, KINDS)
 
 
-def refuse_unknown_kinds(param: str, include: Iterable[str]) -> None:
-    """Raise MethodError unless all are kinds of groups that can be taken in beside the hidden channels."""
-    for kind in include:
-        refuse_unknown(param, kind, BESIDE)
+def cuts(kinds: Iterable[str]) -> frozenset[str]:
+    """The needs of an allocator that cuts channels of these kinds."""
+    return frozenset(f"cuts {kind}" for kind in kinds)
 
 
-def cuts(include: Iterable[str]) -> frozenset[str]:
-    """The needs of an allocator that cuts hidden channels and these kinds."""
-    return frozenset(f"cuts {kind}" for kind in (*HIDDEN, *include))
-
-
-def pool(model: nn.Module, include: Iterable[str]) -> dict[str, ChannelGroup]:
-    """The groups that are cut: hidden channels and these kinds, in the table's order. Raises ArchitectureError."""
-    return cuttable_or_raise(model).groups_of((*HIDDEN, *include))
+def pool(model: nn.Module, kinds: Iterable[str]) -> dict[str, ChannelGroup]:
+    """The groups of these kinds, in the table's order. Raises ArchitectureError where there is none."""
+    family, kinds = cuttable_or_raise(model), tuple(kinds)
+    chosen = family.groups_of(kinds)
+    if not chosen:
+        present = sorted({group.kind for group in family.cuttable.values()})
+        raise ArchitectureError(
+            f"{type(model).__name__} (family {family.name}) has no channels of kind {' or '.join(kinds)}; "
+            f"it has {', '.join(present)}"
+        )
+    return chosen
 
 
 def is_pointwise(module: nn.Module) -> bool:

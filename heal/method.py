@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from heal.channels import second_moment_tap
+from heal.channels import pool, second_moment_tap
 from heal.errors import ArchitectureError, MethodError
 from heal.families.discovery import batch_norms
 from heal.families.family import HIDDEN, Family
@@ -150,6 +150,9 @@ def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset
             f"{who} is for networks without BatchNorm, and {kind} has it; choose batchnorm_recalibration or "
             "variance_matching"
         )
+    kinds = [need.removeprefix("cuts ") for need in sorted(needs) if need.startswith("cuts ")]
+    if kinds:
+        pool(model, kinds)
     if "projections" in needs and not family.projections:
         raise ArchitectureError(f"{who} is about projections on skip paths, but family {family.name} names none")
     if "norms" in needs and not family.norms:

@@ -11,9 +11,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from heal.allocators.widths import ranked_globally, refuse_if_too_small, rounded, shared_evenly
+from heal.allocators.widths import widths_of
 from heal.channels import cuts, pool, refuse_unknown_kinds
 from heal.errors import MethodError
+from heal.families.family import HIDDEN
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
 from heal.values import Allocation, Budget
@@ -24,7 +25,8 @@ from heal.variances import NEEDS, STATISTICS, Statistic, variances
 class GlobalVariance:
     """Widths from the global ranking of hidden neurons, and of a convolutional block's inner channels, by variance.
 
-    include: kinds of channels beside those: residual; () is the paper.
+    kinds: of the channels that may go: mlp | inner (of convolutional blocks). Every kind is ranked by itself and
+        loses the same share, as the scores of different kinds do not compare.
 
     multiple: widths are multiples of this (>= 1; 1 is the paper, 8 suits hardware); the total stays
         exact, so one layer may carry a remainder.
@@ -38,29 +40,22 @@ class GlobalVariance:
     multiple: int = 1
     statistic: Statistic = "post"
     scope: Literal["global", "layer"] = "global"
-    include: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = HIDDEN
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise MethodError(f"global_variance.multiple = {self.multiple} must be at least 1")
         refuse_unknown("global_variance.statistic", self.statistic, STATISTICS)
         refuse_unknown("global_variance.scope", self.scope, ("global", "layer"))
-        refuse_unknown_kinds("global_variance.include", self.include)
+        refuse_unknown_kinds("global_variance.kinds", self.kinds)
 
     @property
     def needs(self) -> frozenset[str]:
         """Which statistics it reads."""
-        return cuts(self.include) | {NEEDS[self.statistic]}
+        return cuts(self.kinds) | {NEEDS[self.statistic]}
 
     def allocate(self, model: nn.Module, budget: Budget, context: AllocationContext) -> Allocation:
         """Width of every group; meets the budget to one channel. Raises BudgetError."""
-        groups = pool(model, self.include)
+        groups = pool(model, self.kinds)
         scores = variances(model, groups, context.statistics, self.statistic, budget.fraction)
-        totals = {layer: len(score) for layer, score in scores.items()}
-        asked = budget.kept(sum(totals.values()))
-        refuse_if_too_small(asked, len(totals), self.multiple, f"neurons = {budget.fraction:g}")
-        if self.scope == "global":
-            counts = ranked_globally(scores, asked, self.multiple)
-        else:
-            counts = shared_evenly(totals, asked)
-        return Allocation("neurons", rounded(scores, counts, self.multiple), totals, asked)
+        return widths_of(groups, scores, budget, self.multiple, self.scope)

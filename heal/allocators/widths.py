@@ -8,6 +8,33 @@ import torch
 from torch import Tensor
 
 from heal.errors import BudgetError
+from heal.families.family import ChannelGroup
+from heal.values import Allocation, Budget
+
+
+def widths_of(
+    groups: Mapping[str, ChannelGroup], scores: Mapping[str, Tensor], budget: Budget, multiple: int, scope: str
+) -> Allocation:
+    """Of every group the width that its scores [channels] earn; meets the budget to one channel. Raises BudgetError.
+
+    Every kind of channels loses the same share; within one kind scope "global" ranks all channels together, "layer"
+    takes the same share of every group.
+    """
+    totals = {name: len(score) for name, score in scores.items()}
+    asked = budget.kept(sum(totals.values()))
+    kinds = dict.fromkeys(group.kind for group in groups.values())
+    members = {kind: [name for name, group in groups.items() if group.kind == kind] for kind in kinds}
+    shares = shared_evenly({kind: sum(totals[name] for name in names) for kind, names in members.items()}, asked)
+    kept: dict[str, int] = {}
+    for kind, names in members.items():
+        refuse_if_too_small(shares[kind], len(names), multiple, f"{budget.unit} = {budget.fraction:g}")
+        own = {name: scores[name] for name in names}
+        if scope == "global":
+            counts = ranked_globally(own, shares[kind], multiple)
+        else:
+            counts = shared_evenly({name: totals[name] for name in names}, shares[kind])
+        kept |= rounded(own, counts, multiple)
+    return Allocation("neurons", {name: kept[name] for name in groups}, totals, asked)
 
 
 def ranked_globally(scores: Mapping[str, Tensor], kept: int, minimum: int) -> dict[str, int]:

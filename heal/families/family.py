@@ -12,7 +12,7 @@ dimensions of queries and keys; of values; whole heads of attention."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HIDDEN: tuple[Kind, ...] = ("mlp", "inner")
-"""The kinds that are cut unasked: no block's output changes its width."""
+"""The kinds that are cut unless others are asked for."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from heal.healers.reporting import reported
 from heal.images import Images, first
 from heal.method import HealContext, HealingReport, name_of
 from heal.modes import evaluating, listening
-from heal.values import LayerStats
+from heal.values import ChannelCut, LayerStats, Mask
 from heal.wiring import trace
 
 
@@ -57,14 +57,14 @@ class VarianceMatching:
         norms = _affine(teacher, batches[0][:1])
         sites = [name for name, is_affine in norms.items() if is_affine]
         order = trace(teacher, [*sites, *scales], batches[0][:1]).order
+        kept = _kept(teacher, context.pruned)
 
         def correct(tap: str, dense: LayerStats, pruned: LayerStats) -> None:
             name = tap.rpartition(".")[0]
-            _match(
-                student.get_submodule(name),
-                *_output(teacher.get_submodule(name), dense),
-                *_output(student.get_submodule(name), pruned),
-            )
+            stay = kept.get(name, slice(None))
+            mean, deviation = _output(teacher.get_submodule(name), dense)
+            module = student.get_submodule(name)
+            _match(module, mean[stay], deviation[stay], *_output(module, pruned))
 
         in_order(student, teacher, batches, [_tap(teacher, name) for name in order], correct, context, name_of(self))
         left = len(norms) - len(sites)
@@ -74,6 +74,14 @@ class VarianceMatching:
 def _tap(model: nn.Module, name: str) -> str:
     """BatchNorm is measured before it, because timm's may hold an activation; it treats every channel alone."""
     return f"{name}.input" if is_batch_norm(model.get_submodule(name)) else f"{name}.output"
+
+
+def _kept(model: nn.Module, pruned: Mask | ChannelCut) -> dict[str, Tensor]:
+    """The channels that stay of every norm that lost some."""
+    if isinstance(pruned, Mask):
+        return {}
+    groups = describe(model).cuttable
+    return {follower: keep for name, keep in pruned.keep.items() for follower in groups[name].followers}
 
 
 def _output(module: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor]:

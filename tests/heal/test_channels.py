@@ -15,10 +15,11 @@ import heal
 from heal.allocators.global_variance import GlobalVariance
 from heal.channels import pool
 from heal.denoising import denoised, median
-from heal.errors import MethodError, NumericalError
+from heal.errors import ArchitectureError, MethodError, NumericalError
+from heal.families.family import HIDDEN
 from heal.families.lookup import describe
 from heal.healers.closed_form import ClosedForm
-from heal.method import AllocationContext, HealContext, taps
+from heal.method import AllocationContext, HealContext, check, taps
 from heal.pruned import apply
 from heal.pruners.variance import Variance
 from heal.statistics import capture, moments
@@ -67,7 +68,7 @@ def test_noise_is_removed_and_signal_stays() -> None:
 @pytest.mark.parametrize("name", ["vit", "mobilenetv3", "bottleneck"])
 def test_scores_are_what_they_say(name: str) -> None:
     model, images = nets.build(name), nets.images(6)
-    groups = pool(model, ())
+    groups = pool(model, HIDDEN)
     wanted = {f"{consumer}.input": True for group in groups.values() for consumer in group.consumers}
     statistics = capture(model, images, wanted)
     inputs = _inputs(model, images, wanted)
@@ -85,7 +86,7 @@ def test_scores_are_what_they_say(name: str) -> None:
 
 def test_denoised_scores_lie_between_variance_and_signal() -> None:
     model, images = nets.build("vit"), nets.images(64)
-    groups = pool(model, ())
+    groups = pool(model, HIDDEN)
     statistics = capture(model, images, taps(model, [GlobalVariance(statistic="denoised")]))
     plain = {name: statistics[f"{group.consumers[0]}.input"] for name, group in groups.items()}
     for removed in (0.0, 0.3, 1.0):
@@ -183,4 +184,28 @@ def _inputs(model: nn.Module, images: Tensor, wanted: dict[str, bool]) -> dict[s
 
 def test_an_unknown_kind_of_channels_is_refused() -> None:
     with pytest.raises(MethodError, match="did you mean 'residual'"):
-        GlobalVariance(include=("residuals",))
+        GlobalVariance(kinds=("residuals",))
+    with pytest.raises(ArchitectureError, match="no channels of kind inner; it has mlp"):
+        check(nets.build("vit"), Budget(neurons=0.5), GlobalVariance(kinds=("inner",)), Variance(), [])
+
+
+def test_variance_matching_looks_at_the_channels_that_stay() -> None:
+    """What the norms behind cut channels give has the dense mean and variance, channel by channel."""
+    model, images = nets.build("bottleneck"), nets.images(16, size=64)
+    result = heal.recompress(model, images, Budget(neurons=0.5), healers=["variance_matching"])
+    assert isinstance(result.pruned, ChannelCut)
+    for name, group in describe(model).cuttable.items():
+        keep = result.pruned.keep[name]
+        for norm in group.followers:
+            dense, found = (_normed(net, images, norm) for net in (model, result.model))
+            torch.testing.assert_close(found.mean(0), dense[:, keep].mean(0), atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(found.std(0), dense[:, keep].std(0), atol=1e-3, rtol=1e-3)
+
+
+def _normed(model: nn.Module, images: Tensor, norm: str) -> Tensor:
+    """What a BatchNorm gives before any activation, rows [n, channels]."""
+    module = model.get_submodule(norm)
+    x = _maps(model, images, [norm])[norm].movedim(1, -1).flatten(0, -2)
+    mean, variance = module.get_buffer("running_mean"), module.get_buffer("running_var")
+    gain = module.get_parameter("weight") / (variance + module.eps).sqrt()
+    return (gain * (x - mean) + module.get_parameter("bias")).detach()
