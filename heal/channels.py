@@ -8,19 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from heal.errors import ArchitectureError, MethodError
-from heal.families.family import KINDS, ChannelGroup
+from heal.families.family import KINDS, ChannelGroup, Kind
 from heal.families.lookup import cuttable_or_raise
 from heal.merging import merge
 from heal.naming import refuse_unknown
 from heal.values import LayerStats
 
+PLAIN: tuple[Kind, ...] = ("mlp", "inner", "residual")
+"""The kinds whose channels are rows of whole modules."""
 
-def refuse_unknown_kinds(param: str, kinds: Sequence[str]) -> None:
-    """Raise MethodError unless all are kinds of channel groups, and there is one."""
+
+def refuse_unknown_kinds(param: str, kinds: Sequence[str], known: Sequence[Kind] = KINDS) -> None:
+    """Raise MethodError unless all are kinds that the method knows, and there is one."""
     if not kinds:
-        raise MethodError(f"{param} is empty; name at least one of {', '.join(KINDS)}")
+        raise MethodError(f"{param} is empty; name at least one of {', '.join(known)}")
     for kind in kinds:
-        refuse_unknown(param, kind, KINDS)
+        refuse_unknown(param, kind, known)
 
 
 def cuts(kinds: Iterable[str]) -> frozenset[str]:

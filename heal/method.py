@@ -125,10 +125,12 @@ def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner
     family, healers = describe(model), list(healers)
     methods: list[tuple[str, Allocator | Pruner | Healer]] = [("allocator", allocator), ("pruner", pruner)]
     methods += [("healer", healer) for healer in healers]
+    removed = budget.removes(allocator.unit)
     for kind, method in methods:
-        if method.unit not in ("any", budget.removes):
+        if method.unit not in ("any", removed):
+            whose = f"allocator works on {removed}" if budget.unit == "macs" else f"budget is in {budget.unit}"
             raise MethodError(
-                f"{kind} {name_of(method)} works on {method.unit}, but the budget is in {budget.unit}; "
+                f"{kind} {name_of(method)} works on {method.unit}, but the {whose}; "
                 f"give a budget in {method.unit} or choose another {kind}"
             )
         if "block_outputs" in method.needs and not family.blocks:
@@ -137,7 +139,7 @@ def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner
                 "choose another, or bring a family table"
             )
         _refuse_missing(model, family, f"{kind} {name_of(method)}", method.needs)
-    refuse_unit(model, budget)
+    refuse_unit(model, removed)
     _refuse_order([name_of(healer) for healer in healers], name_of(pruner))
 
 
@@ -176,9 +178,9 @@ def _refuse_order(healers: list[str], pruner: str) -> None:
             )
 
 
-def refuse_unit(model: nn.Module, budget: Budget) -> None:
-    """Raise ArchitectureError when the family's table cannot serve the budget's unit."""
-    if budget.removes == "neurons":
+def refuse_unit(model: nn.Module, removed: str) -> None:
+    """Raise ArchitectureError when the family's table cannot serve what goes, weights or neurons."""
+    if removed == "neurons":
         cuttable_or_raise(model)
 
 
@@ -206,6 +208,8 @@ def _taps_of_cuts(model: nn.Module, family: Family, needs: frozenset[str]) -> di
                 wanted[f"{consumer}.input"] = "channel_second_moment" in needs
             if "second_moment" in needs:
                 wanted[second_moment_tap(model, consumer)] = True
+            if "saliency" in needs:
+                wanted[f"{consumer}.saliency"] = False
         if "preactivation_moments" in needs:
             wanted[f"{group.producers[0]}.output"] = False
     return wanted

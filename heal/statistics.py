@@ -20,6 +20,7 @@ from heal.merging import merge
 from heal.modes import Listener, evaluating, listening
 from heal.patch_moments import PatchStream
 from heal.progress import Report, quiet
+from heal.saliency import saliencies
 from heal.values import LayerStats
 
 TOGETHER = 4
@@ -42,6 +43,8 @@ def capture(
 ) -> dict[str, LayerStats]:
     """Moments at every tap ("<module>.input" or ".output"; True asks for the second moment as well).
 
+    A tap "<layer>.saliency" takes a pass of its own, with gradients (heal/saliency.py).
+
     A tap "<layer>.patches" gives two, ".patches/0" and ".patches/1": the second moments of what its weight
     multiplies, over the images with even and with odd number; none for a layer that is never called.
 
@@ -50,6 +53,11 @@ def capture(
     keeps its mode and hooks. stop_early: leave each pass as soon as every tap was seen once, which saves
     what lies behind them. Raises NumericalError on NaN or infinity, ArchitectureError where nothing passed a tap.
     """
+    felt = [tap.removesuffix(".saliency") for tap in taps if tap.endswith(".saliency")]
+    if felt:
+        rest = {tap: comoment for tap, comoment in taps.items() if not tap.endswith(".saliency")}
+        found = saliencies(model, images, felt, batch_size, report)
+        return found | (capture(model, images, rest, batch_size, report, stop_early) if rest else {})
     streams = {tap: _stream(model, tap, comoment) for tap, comoment in taps.items()}
     replay = Replay(images, batch_size)
     total = len(replay)

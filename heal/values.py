@@ -20,9 +20,9 @@ UNITS = ("weights", "neurons", "macs")
 class Budget:
     """How much to remove: one fraction in [0, 1), named by its unit.
 
-    `weights` counts the weights of the pool (masks), `macs` counts each of them as often as it is
-    used for one image, `neurons` counts the hidden channels that can be cut (cuts). Raises
-    BudgetError unless exactly one is given.
+    `weights` counts the weights of the pool (masks), `neurons` the channels that can be cut (cuts). `macs` counts
+    multiply-accumulates of one image: of masks the weights of the pool, each as often as it is used, of cuts the
+    whole network's. Raises BudgetError unless exactly one is given.
     """
 
     weights: float | None = None
@@ -44,10 +44,9 @@ class Budget:
         """`weights`, `neurons` or `macs`."""
         return next(name for name in UNITS if getattr(self, name) is not None)
 
-    @property
-    def removes(self) -> str:
-        """What goes, `weights` or `neurons`: the unit of the methods that serve it."""
-        return "neurons" if self.unit == "neurons" else "weights"
+    def removes(self, allocator_unit: str) -> str:
+        """What goes, `weights` or `neurons`: MACs are saved by whichever the allocator removes."""
+        return allocator_unit if self.unit == "macs" else self.unit
 
     @property
     def fraction(self) -> float:

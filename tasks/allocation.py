@@ -20,9 +20,9 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     allocator = params.allocator()
     budget = section.budget.build()
     dense = models.load(inputs["dense"], params.dense.adapter_allow, section.device)
-    refuse_unit(dense, budget)
+    refuse_unit(dense, budget.removes(allocator.unit))
     context = AllocationContext(
-        statistics=artifacts.load_statistics(inputs["activations"], comoments="images" in allocator.needs),
+        statistics=artifacts.load_statistics(inputs["activations"], comoments=_reads_comoments(allocator.needs)),
         images=_images(inputs, progress) if "images" in allocator.needs or budget.unit == "macs" else None,
         labels=artifacts.load_labels(inputs["calibration"]) if "labels" in allocator.needs else None,
         seed=section.seed,
@@ -35,6 +35,10 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     artifacts.save_allocation(allocation, section.method, section.options(section.method), output)
     progress.log(f"keeps {sum(allocation.kept.values())} of {sum(allocation.total.values())} {allocation.unit}")
     return {"asked": float(allocation.asked), "got": float(allocation.got), "total": float(allocation.whole)}
+
+
+def _reads_comoments(needs: frozenset[str]) -> bool:
+    return "images" in needs or any("second_moment" in need or "patches" in need for need in needs)
 
 
 def _images(inputs: dict[str, Path], progress: Progress) -> ImageArray:

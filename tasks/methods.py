@@ -87,7 +87,7 @@ def contradictions(sections: Sections, place: Callable[[str], str]) -> Iterator[
 
 def _other_units(sections: Sections, place: Callable[[str], str]) -> Iterator[str]:
     budget = sections.allocation.budget.build()
-    unit = budget.removes
+    unit = budget.removes(_unit("allocation", sections.allocation.method))
     for section, method in named(sections):
         works_on = _unit(section, method)
         if works_on in ("any", unit):

@@ -3,6 +3,7 @@
 from heal.allocators.erk import Erk
 from heal.allocators.erk_capped import ErkCapped
 from heal.allocators.evolutionary import Evolutionary
+from heal.allocators.filter_norm import FilterNorm
 from heal.allocators.global_magnitude import GlobalMagnitude
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.l2_normalised import L2Normalised
@@ -12,6 +13,7 @@ from heal.allocators.projection_forced import ProjectionForced
 from heal.allocators.raw_damage import RawDamage
 from heal.allocators.relative_repairability import RelativeRepairability
 from heal.allocators.sequence import Sequence
+from heal.allocators.snip import Snip
 from heal.allocators.uniform import Uniform
 from heal.allocators.uniform_plus import UniformPlus
 from heal.method import Allocator
@@ -20,6 +22,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "erk": Erk,
     "erk_capped": ErkCapped,
     "evolutionary": Evolutionary,
+    "filter_norm": FilterNorm,
     "global_magnitude": GlobalMagnitude,
     "global_variance": GlobalVariance,
     "l2_normalised": L2Normalised,
@@ -29,6 +32,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "raw_damage": RawDamage,
     "relative_repairability": RelativeRepairability,
     "sequence": Sequence,
+    "snip": Snip,
     "uniform": Uniform,
     "uniform_plus": UniformPlus,
 }

@@ -58,4 +58,4 @@ class GlobalVariance:
         """Width of every group; meets the budget to one channel. Raises BudgetError."""
         groups = pool(model, self.kinds)
         scores = variances(model, groups, context.statistics, self.statistic, budget.fraction)
-        return widths_of(groups, scores, budget, self.multiple, self.scope)
+        return widths_of(model, groups, scores, budget, context, self.multiple, self.scope)

@@ -2,39 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from heal.allocators.cut_cost import CutCost
 from heal.errors import BudgetError
 from heal.families.family import ChannelGroup
+from heal.method import AllocationContext
 from heal.values import Allocation, Budget
 
 
 def widths_of(
-    groups: Mapping[str, ChannelGroup], scores: Mapping[str, Tensor], budget: Budget, multiple: int, scope: str
+    model: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    context: AllocationContext,
+    multiple: int,
+    scope: str = "global",
 ) -> Allocation:
-    """Of every group the width that its scores [channels] earn; meets the budget to one channel. Raises BudgetError.
+    """Of every group the width that its scores [channels] earn. Raises BudgetError.
 
     Every kind of channels loses the same share; within one kind scope "global" ranks all channels together, "layer"
-    takes the same share of every group.
+    takes the same share of every group. A budget in neurons is met to one channel; one in MACs by the most channels
+    that fit, and the evidence says how many MACs are left.
     """
     totals = {name: len(score) for name, score in scores.items()}
-    asked = budget.kept(sum(totals.values()))
-    kinds = dict.fromkeys(group.kind for group in groups.values())
-    members = {kind: [name for name, group in groups.items() if group.kind == kind] for kind in kinds}
-    shares = shared_evenly({kind: sum(totals[name] for name in names) for kind, names in members.items()}, asked)
-    kept: dict[str, int] = {}
+    whole, asking = sum(totals.values()), f"{budget.unit} = {budget.fraction:g}"
+
+    def shared(kept: int) -> dict[str, int]:
+        return _shared(groups, scores, totals, kept, multiple, scope, asking)
+
+    if budget.unit == "neurons":
+        asked = budget.kept(whole)
+        return Allocation("neurons", shared(asked), totals, asked)
+    cost = CutCost.of(model, context)
+    limit = budget.kept(cost.dense)
+    least = bisect_left(range(whole), True, key=lambda kept: _is_possible(shared, kept))
+    fitting = bisect_right(range(least, whole + 1), limit, key=lambda kept: cost.macs(shared(kept)))
+    if fitting == 0:
+        raise BudgetError(
+            f"budget {asking} cannot be met: the narrowest cut of these channels leaves {cost.macs(shared(least))} "
+            f"of {cost.dense} MACs; remove less, or cut more kinds of channels"
+        )
+    asked = least + fitting - 1
+    kept = shared(asked)
+    evidence = {"macs": {"dense": cost.dense, "asked": limit, "got": cost.macs(kept)}}
+    return Allocation("neurons", kept, totals, asked, evidence=evidence)
+
+
+def _is_possible(shared: Callable[[int], object], kept: int) -> bool:
+    try:
+        shared(kept)
+    except BudgetError:
+        return False
+    return True
+
+
+def _shared(
+    groups: Mapping[str, ChannelGroup],
+    scores: Mapping[str, Tensor],
+    totals: Mapping[str, int],
+    kept: int,
+    multiple: int,
+    scope: str,
+    asking: str,
+) -> dict[str, int]:
+    members: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        members.setdefault(group.kind, []).append(name)
+    shares = shared_evenly({kind: sum(totals[name] for name in names) for kind, names in members.items()}, kept)
+    found: dict[str, int] = {}
     for kind, names in members.items():
-        refuse_if_too_small(shares[kind], len(names), multiple, f"{budget.unit} = {budget.fraction:g}")
+        refuse_if_too_small(shares[kind], len(names), multiple, asking)
         own = {name: scores[name] for name in names}
         if scope == "global":
             counts = ranked_globally(own, shares[kind], multiple)
         else:
             counts = shared_evenly({name: totals[name] for name in names}, shares[kind])
-        kept |= rounded(own, counts, multiple)
-    return Allocation("neurons", {name: kept[name] for name in groups}, totals, asked)
+        found |= rounded(own, counts, multiple)
+    return {name: found[name] for name in groups}
 
 
 def ranked_globally(scores: Mapping[str, Tensor], kept: int, minimum: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from heal.healers.closed_form import ClosedForm
 from heal.healers.distill import Distill
 from heal.healers.layerwise import Layerwise
 from heal.healers.layerwise_variance import LayerwiseVariance
+from heal.healers.mean_folding import MeanFolding
 from heal.healers.none import NoHealing
 from heal.healers.repair import Repair
 from heal.healers.signal_resuscitation import SignalResuscitation
@@ -24,6 +25,7 @@ HEALERS: dict[str, type[Healer]] = {
     "distill": Distill,
     "layerwise": Layerwise,
     "layerwise_variance": LayerwiseVariance,
+    "mean_folding": MeanFolding,
     "none": NoHealing,
     "repair": Repair,
     "signal_resuscitation": SignalResuscitation,

@@ -115,10 +115,14 @@ def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
         try:
             first = method.allocate(dense, budget, context)
         except BudgetError:
-            assert allocator == "uniform_plus", "only protected ends can exceed a budget"
+            narrow = budget.unit == "macs" and method.unit == "neurons"
+            assert allocator == "uniform_plus" or narrow, "only protected ends, and what is not cut, exceed a budget"
             continue
         if budget.unit != "weights":
             assert first == method.allocate(dense, budget, context), "the same seed gives the same allocation"
+        if budget.unit == "macs" and first.unit == "neurons":
+            assert first.evidence["macs"]["got"] <= first.evidence["macs"]["asked"] and first.got == first.asked
+            continue
         assert first.asked == budget.kept(first.whole)
         slack = 1 if budget.unit != "macs" else max(first.cost.values())
         assert 0 <= first.asked - first.got < slack, "the budget is met to one weight"

@@ -1,0 +1,32 @@
+"""The magnitude cut: the channels go whose own weights have the smallest norm; nothing is folded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from heal.allocators.filter_norm import norms
+from heal.channels import highest
+from heal.families.lookup import cuttable_or_raise
+from heal.method import Statistics
+from heal.values import Allocation, ChannelCut
+
+
+@dataclass(frozen=True)
+class FilterNorm:
+    """Keep each group's channels of largest norm, as many as the allocation says."""
+
+    unit: ClassVar[str] = "neurons"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """It reads no statistics."""
+        return frozenset()
+
+    def prune(self, model: nn.Module, allocation: Allocation, statistics: Statistics) -> ChannelCut:
+        """The channels that stay."""
+        groups = cuttable_or_raise(model).cuttable
+        keep = {name: highest(norms(model, groups[name]), kept) for name, kept in allocation.kept.items()}
+        return ChannelCut(keep, dict(allocation.total))
