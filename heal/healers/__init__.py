@@ -7,10 +7,12 @@ from heal.healers.closed_form import ClosedForm
 from heal.healers.distill import Distill
 from heal.healers.layerwise import Layerwise
 from heal.healers.layerwise_variance import LayerwiseVariance
+from heal.healers.least_squares import LeastSquares
 from heal.healers.none import NoHealing
 from heal.healers.repair import Repair
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.starfish import Starfish
+from heal.healers.statistics_correction import StatisticsCorrection
 from heal.healers.unipts import Unipts
 from heal.healers.variance_matching import VarianceMatching
 from heal.healers.weight_statistic_correction import WeightStatisticCorrection
@@ -24,10 +26,12 @@ HEALERS: dict[str, type[Healer]] = {
     "distill": Distill,
     "layerwise": Layerwise,
     "layerwise_variance": LayerwiseVariance,
+    "least_squares": LeastSquares,
     "none": NoHealing,
     "repair": Repair,
     "signal_resuscitation": SignalResuscitation,
     "starfish": Starfish,
+    "statistics_correction": StatisticsCorrection,
     "unipts": Unipts,
     "variance_matching": VarianceMatching,
     "weight_statistic_correction": WeightStatisticCorrection,
