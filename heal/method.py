@@ -29,6 +29,7 @@ MOVE_STATISTICS = frozenset(
         "unipts",
         "bias_correction",
         "least_squares",
+        "adaprune",
     }
 )
 """Healers after which a BatchNorm expects something else."""

@@ -51,7 +51,7 @@ def tune(
         masks = Fixed({"weight": keep.to(weight)})
         masks.settle(trainable)
         part = f"{site.layer}-{level}"
-        training = Training("layerwise", budget.batches(site, level), loss, trainable, schedule, masks, part=part)
+        training = Training(budget.name, budget.batches(site, level), loss, trainable, schedule, masks, part=part)
         losses.append(fit(layer, training, context))
     if begins is not None:
         shift(site.student, site.layer, trainable["bias"].detach() - begins, wiring)
