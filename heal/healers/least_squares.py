@@ -50,8 +50,8 @@ class LeastSquares:
 
     damping: share of the mean diagonal of a row's own moment that is the ridge, > 0; 0.01 (SparseGPT). images: how many
     of the calibration images are read, every tenth of them to judge, >= 2; 1024 (OBC). most: multiplications that one
-    layer's solve may take, a third of the cube of what a row keeps, over its rows, > 0; 1e12, a minute of a few cores
-    (ours). A layer that needs more is left as it is; log and report name it.
+    layer's solve may take, a third of the cube of what a row keeps, over its rows, > 0; 1e12 (ours), by estimate ten
+    minutes of one core. A layer that needs more is left as it is; log and report name it.
     """
 
     unit: ClassVar[str] = "weights"
@@ -168,7 +168,7 @@ class Place:
 def _refit(place: Place, keep: Tensor, fitted: Joint, judging: Joint, damping: float) -> str | None:
     """Solve the layer and write it, or say why not. Raises NumericalError."""
     weight, bias = place.present(len(fitted.x))
-    kept = keep.to(weight.device).view_as(weight)
+    kept = keep.to(weight.device).reshape(weight.shape)
     try:
         groups = zip(fitted.xx / fitted.count, fitted.xy / fitted.count, weight, kept, strict=True)
         found = torch.stack([solved(*group, damping) for group in groups])
