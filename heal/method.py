@@ -22,8 +22,20 @@ from heal.values import Allocation, Budget, ChannelCut, LayerStats, Mask
 STAND_ON_DENSE_STATISTICS = frozenset({"signal_resuscitation", "layerwise_variance", "bias_correction"})
 """Healers that bring a layer's output back to what the dense BatchNorm after it expects."""
 
-MOVE_STATISTICS = frozenset({"batchnorm_recalibration", "variance_matching", "unipts", "bias_correction"})
+MOVE_STATISTICS = frozenset(
+    {
+        "batchnorm_recalibration",
+        "variance_matching",
+        "unipts",
+        "bias_correction",
+        "least_squares",
+        "adaprune",
+    }
+)
 """Healers after which a BatchNorm expects something else."""
+
+SOLVE_ANEW = frozenset({"closed_form", "least_squares"})
+"""Healers that fit layers to the dense outputs, whatever they were before."""
 
 Statistics = Mapping[str, LayerStats]
 """Moments by tap: "<module>.input" or "<module>.output"."""
@@ -164,10 +176,11 @@ def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset
 def _refuse_order(healers: list[str], pruner: str) -> None:
     if pruner == "none" and set(healers) - {"none"}:
         raise MethodError(f"pruner none leaves nothing to heal, but healers are {', '.join(healers)}; name only none")
-    if "closed_form" in healers[1:]:
+    late = [healer for healer in healers[1:] if healer in SOLVE_ANEW]
+    if late:
         raise MethodError(
-            f"healers {', '.join(healers)}: closed_form solves from the dense weights and would undo what came before "
-            "it; put it first"
+            f"healers {', '.join(healers)}: {late[0]} solves layers anew for the dense outputs and would undo what "
+            "came before it; put it first"
         )
     for at, healer in enumerate(healers):
         moved = set(healers[:at]) & MOVE_STATISTICS

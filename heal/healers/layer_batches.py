@@ -88,6 +88,51 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """For every step some of the same images [n, c, h, w], by their numbers. The networks run once, a few images at a
+    time, if all pairs fit in `cache_bytes` of memory, else once a step; the values are the same.
+
+    The images are the outermost part of a layer's first axis, which may hold several rows of each; what is no multiple
+    of them depends on no single image, and is given whole.
+    """
+
+    site: Site
+    images: Tensor
+    numbers: Sequence[Tensor]
+    cache_bytes: int
+    together: int = 64
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def starting_at(self, first: int) -> Iterator[Pair]:
+        """The pairs of the steps that are left."""
+        pool, device = self._pool(), next(self.site.student.parameters()).device
+        for numbers in self.numbers[first:]:
+            if pool is None:
+                yield self.site.pair(self.images[numbers])
+            else:
+                entered, left = (self._of(x, numbers).to(device) for x in pool)
+                yield entered, left
+
+    def _pool(self) -> Pair | None:
+        pairs: list[Pair] = []
+        for some in torch.split(self.images, self.together):
+            entered, left = self.site.pair(some)
+            if (entered.nbytes + left.nbytes) * len(self.images) > self.cache_bytes * len(some):
+                return None
+            if len(entered) % len(some) or len(left) % len(some):
+                return entered.cpu(), left.cpu()
+            pairs.append((entered.cpu(), left.cpu()))
+        entered, left = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
+        return entered, left
+
+    def _of(self, x: Tensor, numbers: Tensor) -> Tensor:
+        rows, rest = divmod(len(x), len(self.images))
+        return x if rest else x.view(len(self.images), rows, *x.shape[1:])[numbers].flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class _Dealt(Sequence[Tensor]):
     """Batches by number, fetched when they are asked for: of a stream by walking up to it, so that none is held."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from heal.families.discovery import channel_axis
 from heal.healers.layer_batches import Pair, Site
-from heal.healers.matching import shift
+from heal.healers.matching import shift, shifted
 from heal.healers.tuning_budgets import TuningBudget
 from heal.mask_policies import Fixed
 from heal.method import HealContext
@@ -41,7 +41,7 @@ def tune(
     if layer.bias is not None:
         trainable["bias"] = layer.get_parameter("bias")
     elif site.layer in wiring.norm_after:
-        begins = _shifted(site, wiring.norm_after[site.layer])
+        begins = shifted(site.student, site.teacher, wiring.norm_after[site.layer])
         trainable["bias"] = nn.Parameter(begins.clone())
     loss = _Loss(layer, None if begins is None else trainable["bias"], trainable, budget)
     schedule = budget.schedule(rates.weight, {"bias": rates.bias / rates.weight})
@@ -51,7 +51,7 @@ def tune(
         masks = Fixed({"weight": keep.to(weight)})
         masks.settle(trainable)
         part = f"{site.layer}-{level}"
-        training = Training("layerwise", budget.batches(site, level), loss, trainable, schedule, masks, part=part)
+        training = Training(budget.name, budget.batches(site, level), loss, trainable, schedule, masks, part=part)
         losses.append(fit(layer, training, context))
     if begins is not None:
         shift(site.student, site.layer, trainable["bias"].detach() - begins, wiring)
@@ -78,12 +78,6 @@ class _Loss:
             return error
         nothing = torch.stack([(0 * parameter).sum() for parameter in self.trainable.values()])
         return error.detach() + nothing.sum()
-
-
-def _shifted(site: Site, norm: str) -> Tensor:
-    """By how much the BatchNorm's running mean is less than the dense one: what that adds to the layer's output."""
-    student, teacher = (model.get_submodule(norm).get_buffer("running_mean") for model in (site.student, site.teacher))
-    return teacher - student
 
 
 def _fill(weight: nn.Parameter, keep: Tensor, dense: Tensor) -> None:

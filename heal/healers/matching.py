@@ -70,3 +70,9 @@ def shift(model: nn.Module, layer: str, offset: Tensor, wiring: Wiring) -> None:
             norm.get_buffer("running_mean").sub_(offset)
         else:
             module.bias = nn.Parameter(offset.clone(), weight.requires_grad)
+
+
+def shifted(student: nn.Module, teacher: nn.Module, norm: str) -> Tensor:
+    """By how much a BatchNorm's running mean is less than the dense one [d]: what that adds to its input."""
+    ours, theirs = (model.get_submodule(norm).get_buffer("running_mean") for model in (student, teacher))
+    return theirs - ours

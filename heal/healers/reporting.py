@@ -15,12 +15,17 @@ from heal.states import alignment
 
 
 def reported(
-    method: Any, student: nn.Module, teacher: nn.Module, images: Images, repair: Callable[[], str | None]
+    method: Any,
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    repair: Callable[[], str | tuple[str, ...] | None],
 ) -> HealingReport:
-    """Run `repair`, which may give a note, and report what it did to the student."""
+    """Run `repair`, which may give a note or several, and report what it did to the student."""
     began = time.perf_counter()
     before = alignment(student, teacher, images)
-    note = repair()
+    said = repair()
+    notes = said if isinstance(said, tuple) else () if said is None else (said,)
     after = alignment(student, teacher, images)
     seconds = time.perf_counter() - began
-    return HealingReport(name_of(method), asdict(method), (), before, after, seconds, () if note is None else (note,))
+    return HealingReport(name_of(method), asdict(method), (), before, after, seconds, notes)

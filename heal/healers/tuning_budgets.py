@@ -19,8 +19,9 @@ EPS = 1e-8
 
 
 class TuningBudget(Protocol):
-    """looser: by how much the sparsity of each level is less than the final one; the last is 0."""
+    """name: the method's. looser: by how much the sparsity of each level is less than the final one; the last is 0."""
 
+    name: ClassVar[str]
     looser: ClassVar[tuple[float, ...]]
 
     def schedule(self, lr: float, factors: Mapping[str, float]) -> Schedule: ...
@@ -44,6 +45,7 @@ class Openvino:
     iterations: int = 30
     steps: int = 40
 
+    name: ClassVar[str] = "layerwise"
     looser: ClassVar[tuple[float, ...]] = (0.1, 0.0)
     POOL: ClassVar[int] = 300
     BATCH: ClassVar[int] = 50
@@ -91,6 +93,7 @@ class Msbench:
     cache_bytes: int
     steps: int = 20_000
 
+    name: ClassVar[str] = "layerwise"
     looser: ClassVar[tuple[float, ...]] = (0.0,)
     BATCH: ClassVar[int] = 64
     ENOUGH: ClassVar[float] = 1e-5

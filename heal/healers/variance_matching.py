@@ -73,7 +73,12 @@ class VarianceMatching:
 
 def _tap(model: nn.Module, name: str) -> str:
     """BatchNorm is measured before it, because timm's may hold an activation; it treats every channel alone."""
-    return f"{name}.input" if is_batch_norm(model.get_submodule(name)) else f"{name}.output"
+    return f"{name}.input" if _is_known(model.get_submodule(name)) else f"{name}.output"
+
+
+def _is_known(norm: nn.Module) -> bool:
+    """Whether its output is a function of its input's channel alone: a BatchNorm with running statistics."""
+    return is_batch_norm(norm) and norm.running_mean is not None
 
 
 def _kept(model: nn.Module, pruned: Mask | ChannelCut) -> dict[str, Tensor]:
@@ -87,7 +92,7 @@ def _kept(model: nn.Module, pruned: Mask | ChannelCut) -> dict[str, Tensor]:
 def _output(module: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [d], float64, of the norm's output before any activation."""
     mean, deviation = stats.mean, variance(stats).sqrt()
-    if not is_batch_norm(module):
+    if not _is_known(module):
         return mean, deviation
     buffers = {name: tensor.detach().double().cpu() for name, tensor in module.state_dict().items()}
     gain = buffers["weight"] / (buffers["running_var"] + module.eps).sqrt()
@@ -113,7 +118,7 @@ def _affine(model: nn.Module, image: Tensor) -> dict[str, bool]:
     with evaluating(model), torch.no_grad():
         with listening(model, listeners):
             model(image.to(next(model.parameters()).device))
-        return {name: is_batch_norm(norms[name]) or _is_affine(norms[name], x) for name, x in seen.items()}
+        return {name: _is_known(norms[name]) or _is_affine(norms[name], x) for name, x in seen.items()}
 
 
 def _is_affine(norm: nn.Module, x: Tensor) -> bool:
