@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from heal.values import LayerStats
 
 
@@ -21,3 +23,15 @@ def merge(a: LayerStats, b: LayerStats) -> LayerStats:
         comoment=comoment,
         images=a.images + b.images,
     )
+
+
+def without(whole: LayerStats, part: LayerStats) -> LayerStats:
+    """The moments of the whole population less a part of it: `merge` undone."""
+    count = whole.count - part.count
+    mean = whole.mean + (whole.mean - part.mean) * (part.count / count)
+    delta, weight = part.mean - mean, count * part.count / whole.count
+    comoment = None
+    if whole.comoment is not None and part.comoment is not None:
+        comoment = whole.comoment - part.comoment - weight * torch.outer(delta, delta)
+    m2 = (whole.m2 - part.m2 - weight * delta.square()).clamp_min(0)
+    return LayerStats(count, mean, m2, comoment)

@@ -1,4 +1,4 @@
-"""The consumer of a cut layer, solved anew for the channels that stay: bias-augmented ridge.
+"""The consumer of cut channels, solved anew for those that stay: bias-augmented ridge.
 
 Given the dense moments (mu, C) of the consumer's input and the kept channels S, the weights that
 best reproduce the dense output W x + b, pulled towards the old ones by the damping:
@@ -7,39 +7,64 @@ best reproduce the dense output W x + b, pulled towards the old ones by the damp
 
 It equals CORP's affine compensation (arXiv 2602.05243) and OB2C (arXiv 2608.17657) at the same
 damping, and mean folding when the damping grows without bound.
+
+Ours: consumer after consumer on the inputs that the cut network gives by then, with dense outputs for targets
+("pruned"); and a solution stays only where, fitted without them, it answers held-out images no worse than mean
+folding does.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from heal.channels import columns, second_moment
-from heal.errors import MethodError, NumericalError
+from heal.denoising import denoised
+from heal.errors import MethodError
 from heal.families.lookup import cuttable_or_raise
-from heal.images import Images
+from heal.healers.held_out import is_kept, split
+from heal.healers.joint_moments import Joint, of_dense, of_pair
+from heal.healers.layer_batches import Site
+from heal.healers.matching import BATCH
+from heal.healers.reporting import reported
+from heal.healers.ridge import Fit, chosen, refuse_damping, ridge
+from heal.images import Images, Replay, first
+from heal.merging import without
 from heal.method import HealContext, HealingReport
-from heal.states import alignment
+from heal.modes import evaluating
+from heal.naming import refuse_unknown
 from heal.values import ChannelCut, LayerStats
+from heal.wiring import trace
+
+ALL = 1 << 62
 
 
 @dataclass(frozen=True)
 class ClosedForm:
     """Ridge regression of every consumer of cut channels onto the dense outputs; no training.
 
-    damping: share of the mean diagonal of C[S, S] added to it, > 0; 1e-3 (SparseGPT uses 1e-2).
+    damping: share of the mean diagonal of C[S, S] added to it, > 0; 1e-3 (SparseGPT uses 1e-2); "oas", the shrinkage
+        that OAS estimates (CORP), 1e-4 at least; "held_out", the one of 1e-4, 1e-3, 1e-2, 1e-1 that answers best
+        every tenth image when fitted on the others, consumer by consumer.
+    inputs: of the dense network ("dense", as published), or of the student with all consumers before solved ("pruned").
+    moment: "sample", or "denoised", what of C is not noise (OB2C; with inputs "dense" only).
     """
 
     unit: ClassVar[str] = "neurons"
-    damping: float = 1e-3
+    damping: float | Literal["oas", "held_out"] = 1e-3
+    inputs: Literal["dense", "pruned"] = "dense"
+    moment: Literal["sample", "denoised"] = "sample"
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise MethodError(f"closed_form.damping = {self.damping:g} must be greater than 0, for example 0.001")
+        refuse_damping("closed_form.damping", self.damping)
+        refuse_unknown("closed_form.inputs", self.inputs, ("dense", "pruned"))
+        refuse_unknown("closed_form.moment", self.moment, ("sample", "denoised"))
+        if self.moment == "denoised" and self.inputs == "pruned":
+            raise MethodError("closed_form.moment = denoised is for the dense network's inputs; set inputs: dense")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -47,48 +72,118 @@ class ClosedForm:
         return frozenset({"second_moment"})
 
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
-        """Write the solved weights and biases into the student's consumers."""
+        """Write the solved weights and biases into the student's consumers; the notes name those that stay."""
+        return reported(self, student, teacher, images, lambda: self._repair(student, teacher, images, context))
+
+    def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> tuple[str, ...]:
         if not isinstance(context.pruned, ChannelCut):
-            raise MethodError("closed_form repairs what a cut left; the pruner gave a mask: heal it by starfish")
-        began = time.perf_counter()
-        before = alignment(student, teacher, images)
-        groups, keep = cuttable_or_raise(teacher).cuttable, context.pruned.keep
-        rows = {producer: keep[name] for name in keep for producer in groups[name].producers}
-        consumers = [(consumer, keep[name]) for name in keep for consumer in groups[name].consumers]
-        for done, (consumer, kept) in enumerate(consumers, start=1):
-            dense = teacher.get_submodule(consumer)
-            weight, bias = solve(
-                dense.get_parameter("weight").detach().flatten(1),
-                dense.get_parameter("bias").detach() if dense.bias is not None else None,
-                second_moment(context.statistics, teacher, consumer),
-                columns(dense, kept),
-                self.damping,
-            )
-            own = rows.get(consumer, torch.arange(len(weight)))
-            _write(student.get_submodule(consumer), weight[own], bias[own])
-            context.report("closed_form", done, len(consumers))
-        after = alignment(student, teacher, images)
-        return HealingReport("closed_form", asdict(self), (), before, after, time.perf_counter() - began)
+            raise MethodError("closed_form repairs what a cut left; the pruner gave a mask: heal it by least_squares")
+        sites = cut_sites(teacher, context.pruned, first(images, 1, 1)[0])
+        notes = []
+        with evaluating(student), evaluating(teacher):
+            for done, (site, fit) in enumerate(self._fits(student, teacher, sites, images, context), start=1):
+                damping = chosen(self.damping, fit)
+                trial, folded = ridge(fit.fitted, fit.anchor, damping), fit.folded
+                before, after = (float(fit.judging.errors(*answer).sum()) for answer in (folded, trial))
+                solution = ridge(fit.everything, fit.anchor, damping) if is_kept(before, after) else folded
+                if solution is folded:
+                    scale = float(fit.judging.yy.sum()) / fit.judging.count or 1.0
+                    notes.append(
+                        f"{site.consumer} has its mean folded only: on held-out images the solution's error is "
+                        f"{after / scale:.3g} of the variance, without it {before / scale:.3g}"
+                    )
+                    context.log(f"closed_form: {notes[-1]}")
+                _write(student.get_submodule(site.consumer), *solution)
+                context.report("closed_form", done, len(sites))
+        return tuple(notes)
+
+    def _fits(
+        self, student: nn.Module, teacher: nn.Module, sites: list[CutSite], images: Images, context: HealContext
+    ) -> Iterator[tuple[CutSite, Fit]]:
+        parts = split(images, ALL, BATCH)
+        if self.inputs == "pruned":
+            for site in sites:
+                yield site, _sequential(student, teacher, site, parts)
+            return
+        judging = of_dense(teacher, tuple(site.consumer for site in sites), parts[1])
+        for site in sites:
+            stats = second_moment(context.statistics, teacher, site.consumer)
+            yield site, self._dense(teacher, site, stats, judging.pop(site.consumer))
+
+    def _dense(self, teacher: nn.Module, site: CutSite, stats: LayerStats, judging: Joint) -> Fit:
+        """Of the statistics of all images, those of the held-out ones are taken off again to fit without them."""
+        module = teacher.get_submodule(site.consumer)
+        held = LayerStats(judging.count, judging.x[0].cpu(), judging.xx[0].diagonal().cpu(), judging.xx[0].cpu())
+        rest = without(stats, held)
+        if self.moment == "denoised":
+            share = rest.count / stats.count
+            stats, rest = _signal(stats), _signal(replace(rest, images=round(stats.images * share)))
+        weight = module.get_parameter("weight").detach().double().cpu().flatten(1)
+        bias = torch.zeros(len(weight), dtype=torch.float64)
+        if module.bias is not None:
+            bias = module.get_parameter("bias").detach().double().cpu()
+        everything, fitted, judged = (_answered(weight, bias, moments, site) for moments in (stats, rest, held))
+        return Fit(everything, fitted, judged, weight[site.rows][:, site.columns].unsqueeze(0))
+
+
+@dataclass(frozen=True)
+class CutSite:
+    """A consumer, the columns of its flattened weight that stay, and its rows that stay."""
+
+    consumer: str
+    columns: Tensor
+    rows: Tensor
+
+
+def cut_sites(teacher: nn.Module, pruned: ChannelCut, image: Tensor) -> list[CutSite]:
+    """Every consumer of a cut group, in the order of the forward pass of one image [1, c, h, w]."""
+    groups, keep = cuttable_or_raise(teacher).cuttable, pruned.keep
+    own = {producer: keep[name] for name in keep for producer in groups[name].producers}
+    readers = {consumer: keep[name] for name in keep for consumer in groups[name].consumers}
+    sites = []
+    for consumer in trace(teacher, readers, image).order:
+        module = teacher.get_submodule(consumer)
+        rows = own.get(consumer, torch.arange(len(module.get_parameter("weight"))))
+        sites.append(CutSite(consumer, columns(module, readers[consumer]), rows))
+    return sites
 
 
 def solve(
     weight: Tensor, bias: Tensor | None, stats: LayerStats, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """The repaired (weight [out, kept], bias [out]) in float64; weight is [out, in]. Raises NumericalError."""
-    w, c, mu = weight.double().cpu(), stats.covariance, stats.mean
-    diagonal = c.diagonal()[keep].mean()
-    ridge = float(damping * diagonal) if diagonal > 0 else damping
-    c_ss = c[keep][:, keep]
-    c_ss = c_ss + ridge * torch.eye(len(keep), dtype=torch.float64)
-    factor, failed = torch.linalg.cholesky_ex(c_ss)
-    if int(failed):
-        raise NumericalError(
-            f"closed form: the second moment is not positive definite at damping {damping:g}; raise it"
-        )
-    target = w @ c[:, keep] + ridge * w[:, keep]
-    solved = torch.cholesky_solve(target.T, factor).T
-    offset = w @ mu - solved @ mu[keep]
-    return solved, offset if bias is None else offset + bias.double().cpu()
+    w = weight.double().cpu()
+    b = torch.zeros(len(w), dtype=torch.float64) if bias is None else bias.double().cpu()
+    site = CutSite("", keep, torch.arange(len(w)))
+    solved, offset = ridge(_answered(w, b, stats, site), w[:, keep].unsqueeze(0), damping)
+    return solved[0], offset[0]
+
+
+def _answered(weight: Tensor, bias: Tensor, stats: LayerStats, site: CutSite) -> Joint:
+    """Moments of the kept inputs and of what the dense layer answers to all of them."""
+    assert stats.comoment is not None
+    rows, xx, at = weight[site.rows], stats.comoment, site.columns
+    xy = xx @ rows.T
+    return Joint(
+        stats.count,
+        stats.mean[at].unsqueeze(0),
+        (rows @ stats.mean + bias[site.rows]).unsqueeze(0),
+        xx[at][:, at].unsqueeze(0),
+        xy[at].unsqueeze(0),
+        (rows * xy.T).sum(1).unsqueeze(0),
+    )
+
+
+def _signal(stats: LayerStats) -> LayerStats:
+    signal = denoised(stats) * stats.count
+    return replace(stats, m2=signal.diagonal().clamp_min(0), comoment=signal)
+
+
+def _sequential(student: nn.Module, teacher: nn.Module, site: CutSite, parts: tuple[Replay, Replay]) -> Fit:
+    found = [of_pair(Site(site.consumer, student, teacher, "pruned"), part).of_rows(site.rows) for part in parts]
+    fitted, judging = (joint.cpu() for joint in found)
+    weight = teacher.get_submodule(site.consumer).get_parameter("weight").detach().double().cpu().flatten(1)
+    return Fit(fitted.merged(judging), fitted, judging, weight[site.rows][:, site.columns].unsqueeze(0))
 
 
 def _write(consumer: nn.Module, weight: Tensor, bias: Tensor) -> None:
@@ -96,6 +191,6 @@ def _write(consumer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(weight.reshape(parameter.shape))
         if consumer.bias is None:
-            consumer.bias = nn.Parameter(bias.to(parameter))
+            consumer.bias = nn.Parameter(bias.flatten().to(parameter))
         else:
-            consumer.get_parameter("bias").copy_(bias)
+            consumer.get_parameter("bias").copy_(bias.flatten())

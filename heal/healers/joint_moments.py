@@ -6,7 +6,7 @@ again. Batches are merged in float64 by Chan's rule, a few images at a time in f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,29 @@ class Joint:
         apart = self.y - torch.einsum("god,gd->go", weight, self.x) - bias
         return ((self.yy - explained) / self.count + apart.square()).clamp_min(0)
 
+    def merged(self, other: Joint) -> Joint:
+        """The moments of both populations together (Chan, Golub and LeVeque 1979)."""
+        count = self.count + other.count
+        weight, share = self.count * other.count / count, other.count / count
+        x, y = other.x - self.x, other.y - self.y
+        return Joint(
+            count,
+            self.x + share * x,
+            self.y + share * y,
+            self.xx + other.xx + weight * x.unsqueeze(-1) * x.unsqueeze(-2),
+            self.xy + other.xy + weight * x.unsqueeze(-1) * y.unsqueeze(-2),
+            self.yy + other.yy + weight * y.square(),
+        )
+
+    def of_rows(self, rows: Tensor) -> Joint:
+        """Of these answers only; rows [k]."""
+        at = rows.to(self.y.device)
+        return replace(self, y=self.y[:, at], xy=self.xy[..., at], yy=self.yy[:, at])
+
+    def cpu(self) -> Joint:
+        """On the CPU."""
+        return Joint(self.count, *(moment.cpu() for moment in (self.x, self.y, self.xx, self.xy, self.yy)))
+
 
 def of_dense(teacher: nn.Module, layers: tuple[str, ...], images: Replay) -> dict[str, Joint]:
     """Of the teacher's own inputs and answers, of all layers in one pass; calls of a layer are pooled.
@@ -76,7 +99,7 @@ def of_pair(site: Site, images: Replay) -> Joint:
         together = max(1, ROOM // (layer.weight[0].numel() * max(wanted[0].numel() // len(layer.weight), 1)))
         for x, y in zip(torch.split(entered, together), torch.split(wanted, together), strict=True):
             joint = _batch(layer, x, y)
-            total = joint if total is None else _merged(total, joint)
+            total = joint if total is None else total.merged(joint)
     assert total is not None
     return total
 
@@ -110,21 +133,6 @@ def _batch(layer: Layer, x: Tensor, y: Tensor) -> Joint:
     columns, answers = columns - x_mean.float().unsqueeze(-1), answers - y_mean.float().unsqueeze(-1)
     xx, xy = (torch.bmm(columns, other.mT).double() for other in (columns, answers))
     return Joint(columns.shape[-1], x_mean, y_mean, xx, xy, answers.square().sum(-1, dtype=torch.float64))
-
-
-def _merged(a: Joint, b: Joint) -> Joint:
-    """The moments of both populations together (Chan, Golub and LeVeque 1979)."""
-    count = a.count + b.count
-    weight, share = a.count * b.count / count, b.count / count
-    x, y = b.x - a.x, b.y - a.y
-    return Joint(
-        count,
-        a.x + share * x,
-        a.y + share * y,
-        a.xx + b.xx + weight * x.unsqueeze(-1) * x.unsqueeze(-2),
-        a.xy + b.xy + weight * x.unsqueeze(-1) * y.unsqueeze(-2),
-        a.yy + b.yy + weight * y.square(),
-    )
 
 
 def bytes_of(layer: nn.Module) -> int:

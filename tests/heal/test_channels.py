@@ -111,7 +111,7 @@ def test_the_budget_is_exact_by_every_statistic(statistic: str) -> None:
 def test_a_convolution_behind_a_cut_is_solved_by_least_squares(name: str) -> None:
     """numpy's least squares on the unfolded inputs, zero padding included, of every consumer; cut rows go as well."""
     model, images = nets.build(name), nets.images(24, size=64)
-    allocator, pruner, healer = GlobalVariance(scope="layer"), Variance(), ClosedForm(damping=1e-7)
+    allocator, pruner, healer = GlobalVariance(scope="layer"), Variance(), ClosedForm(damping=1e-6)
     statistics = capture(model, images, taps(model, [allocator, pruner, healer]))
     allocation = allocator.allocate(model, Budget(neurons=0.5), AllocationContext(statistics=statistics))
     pruned = pruner.prune(model, allocation, statistics)
@@ -133,7 +133,7 @@ def test_a_convolution_behind_a_cut_is_solved_by_least_squares(name: str) -> Non
         found = columns @ np.vstack([_flat(solved), solved.get_parameter("bias").detach().double().numpy()[None]])
         best = columns @ np.linalg.lstsq(columns, target[:, own], rcond=None)[0]
         residual, least = ((y - target[:, own]) ** 2 for y in (found, best))
-        assert residual.sum() <= least.sum() * 1.01 + 1e-5 * (target**2).sum()
+        assert residual.sum() <= least.sum() * 1.03 + 1e-5 * (target**2).sum()
         checked += 1
     assert checked
 
