@@ -1,4 +1,4 @@
-"""Allocations x repairs on one network: what every benchmark of masks measures, by the library, in one process."""
+"""Allocations x repairs on one network: what every benchmark of masks and cuts measures, by the library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from heal.method import AllocationContext, Allocator, HealContext, Healer, Prune
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.statistics import capture
-from heal.values import Allocation, Budget, Mask
+from heal.values import Allocation, Budget, ChannelCut, Mask
 
 COLUMNS = (
     "net",
@@ -86,7 +86,7 @@ class Images:
 class Methods:
     """What is crossed, by the names of the table. batch_size: of predictions. measured: images, of layers' statistics.
 
-    pruners: of an allocation, if it is not magnitude's.
+    pruners: of an allocation, if it is not magnitude's. Of allocations that cut, "sparsity" is the share of channels.
     """
 
     allocations: Mapping[str, Allocator]
@@ -106,12 +106,12 @@ class Cross:
     def __init__(self, net: str, dense: nn.Module, images: Images, seed: int, methods: Methods) -> None:
         self.net, self.images, self.seed, self.methods = net, images, seed, methods
         self.dense = dense.eval().to(memory_format=torch.channels_last)
-        self.student = copy.deepcopy(self.dense)
 
     @cached_property
     def statistics(self) -> Statistics:
-        """What allocations and pruners need, in one pass."""
-        wanted = taps(self.dense, [*self.methods.allocations.values(), *self.methods.pruners.values()])
+        """What all methods need, in one pass."""
+        healers = [healer for repair in self.methods.repairs.values() for healer in repair.healers]
+        wanted = taps(self.dense, [*self.methods.allocations.values(), *self.methods.pruners.values(), *healers])
         return capture(self.dense, self.images.views["plain"][: self.methods.measured], wanted)
 
     @cached_property
@@ -139,36 +139,38 @@ class Cross:
         if allocation is None:
             return
         pruner = self.methods.pruner(name)
-        mask = pruner.prune(self.dense, allocation, self.statistics if pruner.needs else {})
-        assert isinstance(mask, Mask)
+        pruned = pruner.prune(self.dense, allocation, self.statistics if pruner.needs else {})
         for repair in repairs:
             began = time.perf_counter()
-            self._repair(self.methods.repairs[repair], mask)
-            yield self._measured(name, sparsity, repair, time.perf_counter() - began)
+            student = self._repaired(self.methods.repairs[repair], pruned)
+            yield self._measured(student, name, sparsity, repair, time.perf_counter() - began)
 
-    def _repair(self, repair: Repair, mask: Mask) -> None:
-        self.student.load_state_dict(self.dense.state_dict())
-        apply(self.student, mask)
-        context = HealContext(pruned=mask, seed=self.seed)
+    def _repaired(self, repair: Repair, pruned: Mask | ChannelCut) -> nn.Module:
+        student = copy.deepcopy(self.dense)
+        apply(student, pruned)
+        reads = any(healer.needs & {"moments", "second_moment"} for healer in repair.healers)
+        context = HealContext(pruned=pruned, seed=self.seed, statistics=self.statistics if reads else {})
         for healer in repair.healers:
-            report = healer.heal(self.student, self.dense, self.images.views[repair.views], context)
+            report = healer.heal(student, self.dense, self.images.views[repair.views], context)
             context = after(context, report)
+        return student
 
     def _point(self, sparsity: float, allocation: str, repair: str) -> tuple[str, ...]:
         return self.net, f"{sparsity:g}", allocation, repair, str(self.seed), str(len(self.images.test))
 
     def _allocated(self, name: str, sparsity: float) -> Allocation | None:
         images = self.images.views["plain"]
-        statistics = self.statistics if self.methods.allocations[name].needs else {}
+        allocator = self.methods.allocations[name]
+        statistics = self.statistics if allocator.needs else {}
         context = AllocationContext(statistics=statistics, images=images, seed=self.seed)
         try:
-            return self.methods.allocations[name].allocate(self.dense, Budget(weights=sparsity), context)
+            return allocator.allocate(self.dense, Budget(**{allocator.unit: sparsity}), context)
         except BudgetError as error:
             print(f"{self.net} {name} {sparsity:g}: {error}", flush=True)
             return None
 
-    def _measured(self, name: str, sparsity: float, repair: str, seconds: float) -> dict[str, Any]:
-        found = self._answers(self.student)
+    def _measured(self, student: nn.Module, name: str, sparsity: float, repair: str, seconds: float) -> dict[str, Any]:
+        found = self._answers(student)
         agreements = {subset: 100 * agreement(logits, self.answers[subset]) for subset, logits in found.items()}
         return {
             "net": self.net,

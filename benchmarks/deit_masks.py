@@ -26,6 +26,7 @@ from heal.compat import timm  # noqa: E402
 from heal.healers.blockwise import Blockwise  # noqa: E402
 from heal.healers.distill import Distill  # noqa: E402
 from heal.healers.layerwise import Layerwise  # noqa: E402
+from heal.healers.least_squares import LeastSquares  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
 from heal.method import Allocator, Pruner  # noqa: E402
 from heal.pruners.magnitude import Magnitude  # noqa: E402
@@ -43,6 +44,7 @@ ALLOCATIONS: dict[str, Allocator] = {
 }
 REPAIRS: dict[str, Repair] = {
     "none": Repair(),
+    "least squares": Repair((LeastSquares(),)),
     "layerwise, 300 steps": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300, inputs="pruned"),)),
     "blockwise, 300 steps": Repair((Blockwise(steps=300),)),
     "distill": Repair((Distill(),)),
@@ -52,6 +54,8 @@ REPAIRS: dict[str, Repair] = {
     "starfish, kl": Repair((Starfish(kl=0.1),)),
     "starfish, affine, kl": Repair((Starfish(affine=True, kl=0.1),)),
     "starfish, affine, kl, mse": Repair((Starfish(affine=True, kl=0.1, mse=0.1),)),
+    "least squares + starfish": Repair((LeastSquares(), Starfish())),
+    "least squares + starfish, affine, kl": Repair((LeastSquares(), Starfish(affine=True, kl=0.1))),
 }
 METHODS = Methods(
     ALLOCATIONS, REPAIRS, batch_size=32, measured=1000, pruners={name: pruner for name, (pruner, _) in STARTS.items()}

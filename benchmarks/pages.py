@@ -33,7 +33,13 @@ def lines_of(cells: Cells, names: list[str], columns: list[str], corner: str = "
     return page
 
 
-def crosses(rows: Iterable[Row], allocations: Iterable[str], repairs: Iterable[str], value: str = "top1") -> list[str]:
+def crosses(
+    rows: Iterable[Row],
+    allocations: Iterable[str],
+    repairs: Iterable[str],
+    value: str = "top1",
+    removed: str = "masked",
+) -> list[str]:
     """A table for every network, sparsity and number of test images: lines are allocations, columns repairs."""
     names, columns, page = list(allocations), list(repairs), list[str]()
     groups: dict[tuple[str, str, str], Cells] = {}
@@ -41,19 +47,23 @@ def crosses(rows: Iterable[Row], allocations: Iterable[str], repairs: Iterable[s
         cells = groups.setdefault((row["net"], row["sparsity"], row["test_images"]), {})
         cells.setdefault((row["allocation"], row["repair"]), []).append(float(row[value]))
     for (net, sparsity, count), cells in groups.items():
-        page += ["", f"### {net}, {100 * float(sparsity):g} % masked, {count} test images", ""]
+        page += ["", f"### {net}, {100 * float(sparsity):g} % {removed}, {count} test images", ""]
         page += lines_of(cells, names, columns)
     return page
 
 
 def by_subset(
-    rows: Sequence[Row], allocations: Iterable[str], repairs: Iterable[str], subsets: Iterable[str]
+    rows: Sequence[Row],
+    allocations: Iterable[str],
+    repairs: Iterable[str],
+    subsets: Iterable[str],
+    removed: str = "masked",
 ) -> list[str]:
     """The crosses on all test images, then on each of their subsets."""
     names, columns = list(allocations), list(repairs)
-    page = [TOP1, "", "## All test images", *crosses(rows, names, columns)]
+    page = [TOP1, "", "## All test images", *crosses(rows, names, columns, removed=removed)]
     for subset in subsets:
-        page += ["", f"## {subset} alone", *crosses(rows, names, columns, subset)]
+        page += ["", f"## {subset} alone", *crosses(rows, names, columns, subset, removed)]
     return page
 
 
