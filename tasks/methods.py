@@ -43,6 +43,21 @@ def named(sections: Sections) -> Iterator[tuple[str, str]]:
     yield from (("healing", method) for method in sections.healing.methods)
 
 
+def idle(sections: Sections, overrides: Mapping[str, str]) -> Iterator[str]:
+    """The overrides (dotted key to place) that set a param of a method which does not run; one line each.
+
+    In the file such a param waits for its method; on the command line it is a mistake.
+    """
+    running = list(named(sections))
+    for dotted, place in overrides.items():
+        section, _, rest = dotted.partition(".")
+        method = rest.partition(".")[0]
+        if section in METHOD_KEYS and method in known(section) and (section, method) not in running:
+            key = f"{section}.{METHOD_KEYS[section]}"
+            names = ", ".join(name for where, name in running if where == section)
+            yield f"{place}: {method} does not run, as {key} is {names}; name it there, or leave the override out"
+
+
 def allocator(sections: Sections) -> Allocator:
     """The allocator with its params."""
     made: Allocator = _build("allocation", sections.allocation.method, sections)

@@ -35,7 +35,11 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Params:
     Raises ParamsError with one line for each thing to change, MethodError when the methods named
     make no sense together.
     """
-    return of(override(Written() if path is None else read(path), overrides))
+    params = of(override(Written() if path is None else read(path), overrides))
+    idle = list(dict.fromkeys(methods.idle(params.sections, override(Written(), overrides).places)))
+    if idle:
+        raise ParamsError(idle)
+    return params
 
 
 def of(written: Written) -> Params:

@@ -121,6 +121,7 @@ def test_at_most_five_lines_are_shown() -> None:
         (["healing.starfish.epochs=ten"], "valid integer"),
         (["healing.starfish.epochs=true"], "valid integer"),
         (["healing.starfish.epochs=3.5"], "valid integer"),
+        (["healing.blockwise.steps=3"], "blockwise does not run, as healing.methods is closed_form, starfish"),
         (["calibration.count='8'"], "valid integer"),
         (["calibration.max_skipped=1e999"], "finite"),
         (["dense.source=resnet18"], "timm:NAME"),
@@ -197,9 +198,10 @@ def test_methods_are_built_with_their_params() -> None:
     assert len(params.methods()) == 4
 
 
-def test_only_the_methods_named_count_in_a_slice() -> None:
-    overrides = ["healing.methods=[closed_form]", "healing.starfish.lr=1e-3"]
-    assert load(None, overrides).slice(["healing"]) == load(None, overrides[:1]).slice(["healing"])
+def test_only_the_methods_named_count_in_a_slice(tmp_path: Path) -> None:
+    text = "healing:\n  methods: [closed_form]\n"
+    waiting = written(tmp_path, text + "  starfish: {lr: 1e-3}\n")
+    assert load(waiting).slice(["healing"]) == load(None, ["healing.methods=[closed_form]"]).slice(["healing"])
     assert load(None, ["healing.closed_form.damping=1e-2"]).slice(["healing"]) != load(None).slice(["healing"])
 
 
@@ -246,7 +248,6 @@ def test_a_search_by_labels_is_refused_until_they_may_be_read(tmp_path: Path) ->
     allowed = load(None, [*by_labels, "calibration.labels=true"])
     assert allowed.allocator().needs == {"images", "labels"}
     assert allowed.slice(STAGES["activations"].params)["needs"] == ["images"], "labels are no statistic"
-    assert not load(None, [*mask, "allocation.method=uniform", by_labels[-1]]).allocator().needs, "it is not named"
     (line,) = refusal(None, *mask, "allocation.method=sequence", "allocation.sequence.fitness=labels")
     assert "allocation.sequence.fitness = labels: must be 'agreement' or 'kl'" in line
 
