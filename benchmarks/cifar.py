@@ -110,15 +110,15 @@ def main() -> None:
     table = table_of(HERE / "cifar.csv", ALLOCATIONS, REPAIRS)
     for net in asked.net:
         for seed in asked.seeds:
-            images = _images(asked.data, seed, asked.test_images)
-            Cross(net, _dense(net, asked.data), images, seed, METHODS).run(table, asked)
+            images = images_of(asked.data, seed, asked.test_images)
+            Cross(net, dense_of(net, asked.data), images, seed, METHODS).run(table, asked)
 
 
-def _dense(net: str, data: Path) -> nn.Module:
+def dense_of(net: str, data: Path) -> nn.Module:
     return with_weights(getattr(cifar_resnet, net)(), data / "weights" / f"{net}_cifar10.safetensors")
 
 
-def _images(data: Path, seed: int, test_images: int) -> Images:
+def images_of(data: Path, seed: int, test_images: int) -> Images:
     sys.path.insert(0, str(data))
     from unpack_cifar import load
 

@@ -79,13 +79,13 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     table = table_of(HERE / "mobile.csv", ALLOCATIONS, REPAIRS, SUBSETS)
     for net in asked.net:
-        dense = _dense(net, asked.data)
+        dense = dense_of(net, asked.data)
         images = read(asked.data, dense.pretrained_cfg)
         for seed in asked.seeds:
             Cross(net, dense, images, seed, METHODS).run(table, asked)
 
 
-def _dense(net: str, data: Path) -> nn.Module:
+def dense_of(net: str, data: Path) -> nn.Module:
     return with_weights(timm.create_model(net), data / "weights" / f"{net}.safetensors")
 
 

@@ -43,7 +43,7 @@ def crosses(
     """A table for every network, sparsity and number of test images: lines are allocations, columns repairs."""
     names, columns, page = list(allocations), list(repairs), list[str]()
     groups: dict[tuple[str, str, str], Cells] = {}
-    for row in rows:
+    for row in (row for row in rows if row[value]):  # not every network has every subset
         cells = groups.setdefault((row["net"], row["sparsity"], row["test_images"]), {})
         cells.setdefault((row["allocation"], row["repair"]), []).append(float(row[value]))
     for (net, sparsity, count), cells in groups.items():
