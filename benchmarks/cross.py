@@ -106,12 +106,16 @@ class Cross:
     def __init__(self, net: str, dense: nn.Module, images: Images, seed: int, methods: Methods) -> None:
         self.net, self.images, self.seed, self.methods = net, images, seed, methods
         self.dense = dense.eval().to(memory_format=torch.channels_last)
+        self.asked = list(methods.allocations), list(methods.repairs)
 
     @cached_property
     def statistics(self) -> Statistics:
-        """What all methods need, in one pass."""
-        healers = [healer for repair in self.methods.repairs.values() for healer in repair.healers]
-        wanted = taps(self.dense, [*self.methods.allocations.values(), *self.methods.pruners.values(), *healers])
+        """What all methods that were asked for need, in one pass."""
+        allocations, repairs = self.asked
+        allocators = [self.methods.allocations[name] for name in allocations]
+        pruners = [self.methods.pruner(name) for name in allocations]
+        healers = [healer for name in repairs for healer in self.methods.repairs[name].healers]
+        wanted = taps(self.dense, [*allocators, *pruners, *healers])
         return capture(self.dense, self.images.views["plain"][: self.methods.measured], wanted)
 
     @cached_property
@@ -121,6 +125,7 @@ class Cross:
 
     def run(self, table: Table, asked: argparse.Namespace) -> None:
         """Measure what the table lacks of the sparsities, allocations and repairs that were asked for (`options`)."""
+        self.asked = asked.allocations, asked.repairs
         for sparsity in asked.sparsities:
             for allocation in asked.allocations:
                 self._run(table, sparsity, allocation, asked.repairs)
