@@ -10,17 +10,24 @@ from torch import Tensor, nn
 from heal.errors import ArchitectureError, MethodError
 from heal.families.family import KINDS, ChannelGroup
 from heal.families.lookup import cuttable_or_raise
+from heal.heads import Heads
 from heal.merging import merge
 from heal.naming import refuse_unknown
 from heal.values import LayerStats
 
 
 def refuse_unknown_kinds(param: str, kinds: Sequence[str]) -> None:
-    """Raise MethodError unless all are kinds of channel groups, and there is one."""
+    """Raise MethodError unless all are kinds of channel groups, there is one, and no two hold the same weights."""
     if not kinds:
         raise MethodError(f"{param} is empty; name at least one of {', '.join(KINDS)}")
     for kind in kinds:
         refuse_unknown(param, kind, KINDS)
+    inside = [kind for kind in ("qk", "v") if kind in kinds]
+    if "heads" in kinds and inside:
+        raise MethodError(
+            f"{param} = {', '.join(kinds)}: heads are made of the dimensions that {' and '.join(inside)} count, so they "
+            "would be ranked twice; cut one of them, and the other from what comes out"
+        )
 
 
 def cuts(kinds: Iterable[str]) -> frozenset[str]:
@@ -63,6 +70,11 @@ def second_moment(statistics: Mapping[str, LayerStats], model: nn.Module, consum
     return LayerStats(both.count, both.mean, both.m2, both.comoment[0])
 
 
+def consumed(model: nn.Module, group: ChannelGroup, keep: Tensor) -> Tensor:
+    """The input channels that the group's consumers keep, ascending: of heads and their dimensions many for each."""
+    return Heads.of(model.get_submodule(group.attention)).columns(group.kind, keep) if group.attention else keep
+
+
 def columns(module: nn.Module, keep: Tensor) -> Tensor:
     """The columns of a consumer's flattened weight that multiply the channels `keep` [k], ascending: [k * places]."""
     places = module.get_parameter("weight")[0, 0].numel()
@@ -76,9 +88,9 @@ def through(module: nn.Module, mean: Tensor) -> Tensor:
 
 
 def highest(scores: Tensor, kept: int) -> Tensor:
-    """Ascending indices of the `kept` highest scores; of equal ones the later stays."""
+    """Ascending indices of the `kept` highest scores [channels], or [heads, channels]; of equal ones the later stays."""
     order = torch.argsort(scores, stable=True)
-    return order[len(order) - kept :].sort().values
+    return order[..., order.shape[-1] - kept :].sort().values
 
 
 def folded(
@@ -93,7 +105,7 @@ def folded(
         for consumer in group.consumers:
             module = model.get_submodule(consumer)
             mean = statistics[f"{consumer}.input"].mean.clone()
-            mean[keep[name]] = 0
+            mean[consumed(model, group, keep[name])] = 0
             shift, bias = through(module, mean), module._parameters["bias"]
             new = shift if bias is None else bias.detach().double().cpu() + shift
             updates[f"{consumer}.bias"] = new.to(module.get_parameter("weight"))

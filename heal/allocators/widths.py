@@ -18,7 +18,7 @@ def widths_of(
     """Of every group the width that its scores [channels] earn; meets the budget to one channel. Raises BudgetError.
 
     Every kind of channels loses the same share; within one kind scope "global" ranks all channels together, "layer"
-    takes the same share of every group.
+    takes the same share of every group. Heads are wide enough to go one by one.
     """
     totals = {name: len(score) for name, score in scores.items()}
     asked = budget.kept(sum(totals.values()))
@@ -27,13 +27,14 @@ def widths_of(
     shares = shared_evenly({kind: sum(totals[name] for name in names) for kind, names in members.items()}, asked)
     kept: dict[str, int] = {}
     for kind, names in members.items():
-        refuse_if_too_small(shares[kind], len(names), multiple, f"{budget.unit} = {budget.fraction:g}")
+        step = 1 if kind == "heads" else multiple
+        refuse_if_too_small(shares[kind], len(names), step, f"{budget.unit} = {budget.fraction:g}")
         own = {name: scores[name] for name in names}
         if scope == "global":
-            counts = ranked_globally(own, shares[kind], multiple)
+            counts = ranked_globally(own, shares[kind], step)
         else:
             counts = shared_evenly({name: totals[name] for name in names}, shares[kind])
-        kept |= rounded(own, counts, multiple)
+        kept |= rounded(own, counts, step)
     return Allocation("neurons", {name: kept[name] for name in groups}, totals, asked)
 
 

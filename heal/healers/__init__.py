@@ -8,6 +8,7 @@ from heal.healers.distill import Distill
 from heal.healers.layerwise import Layerwise
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.none import NoHealing
+from heal.healers.qk_compensation import QkCompensation
 from heal.healers.repair import Repair
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.starfish import Starfish
@@ -25,6 +26,7 @@ HEALERS: dict[str, type[Healer]] = {
     "layerwise": Layerwise,
     "layerwise_variance": LayerwiseVariance,
     "none": NoHealing,
+    "qk_compensation": QkCompensation,
     "repair": Repair,
     "signal_resuscitation": SignalResuscitation,
     "starfish": Starfish,

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from heal.channels import columns, second_moment
+from heal.channels import columns, consumed, second_moment
 from heal.errors import MethodError, NumericalError
 from heal.families.lookup import cuttable_or_raise
 from heal.images import Images
@@ -54,7 +54,16 @@ class ClosedForm:
         before = alignment(student, teacher, images)
         groups, keep = cuttable_or_raise(teacher).cuttable, context.pruned.keep
         rows = {producer: keep[name] for name in keep for producer in groups[name].producers}
-        consumers = [(consumer, keep[name]) for name in keep for consumer in groups[name].consumers]
+        consumers = [
+            (consumer, consumed(teacher, groups[name], kept))
+            for name, kept in keep.items()
+            for consumer in groups[name].consumers
+        ]
+        if not consumers:
+            raise MethodError(
+                f"closed_form solves what reads the cut channels, but of {', '.join(keep)} only scores are made; "
+                "heal queries and keys by qk_compensation"
+            )
         for done, (consumer, kept) in enumerate(consumers, start=1):
             dense = teacher.get_submodule(consumer)
             weight, bias = solve(
