@@ -25,8 +25,8 @@ def refuse_unknown_kinds(param: str, kinds: Sequence[str]) -> None:
     inside = [kind for kind in ("qk", "v") if kind in kinds]
     if "heads" in kinds and inside:
         raise MethodError(
-            f"{param} = {', '.join(kinds)}: heads are made of the dimensions that {' and '.join(inside)} count, so they "
-            "would be ranked twice; cut one of them, and the other from what comes out"
+            f"{param} = {', '.join(kinds)}: heads are made of the dimensions that {' and '.join(inside)} count, so "
+            "what goes with a head would go twice; leave out one, and cut it in a second run from what the first gives"
         )
 
 
@@ -88,7 +88,7 @@ def through(module: nn.Module, mean: Tensor) -> Tensor:
 
 
 def highest(scores: Tensor, kept: int) -> Tensor:
-    """Ascending indices of the `kept` highest scores [channels], or [heads, channels]; of equal ones the later stays."""
+    """Ascending indices of the `kept` highest scores along the last axis; of equal ones the later stays."""
     order = torch.argsort(scores, stable=True)
     return order[..., order.shape[-1] - kept :].sort().values
 

@@ -43,11 +43,11 @@ class NarrowAttention(nn.Module):
         else:
             scores = (q * self.scale) @ k.transpose(-2, -1)
             x = self.attn_drop(_masked(scores, attn_mask, is_causal).softmax(dim=-1)) @ v
-        x = self.proj(x.transpose(1, 2).flatten(2))
-        return self.proj_drop(x)
+        output: Tensor = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return output
 
     def _by_head(self, part: Tensor) -> Tensor:
-        return part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return part.view(*part.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 def _fused(

@@ -26,7 +26,11 @@ NEEDS: dict[Statistic, str] = {
     "denoised": "channel_second_moment",
 }
 
-MEANINGLESS: dict[str, tuple[Statistic, ...]] = {"qk": ("pre", "weighted", "denoised"), "v": ("pre",), "heads": ("pre",)}
+MEANINGLESS: dict[str, tuple[Statistic, ...]] = {
+    "qk": ("pre", "weighted", "denoised"),
+    "v": ("pre",),
+    "heads": ("pre",),
+}
 """What does not rank a kind of channels: no activation and, behind queries and keys, no weight follows."""
 
 
@@ -59,7 +63,7 @@ def variances(
 
 
 def of_all_heads(score: Tensor) -> Tensor:
-    """Where each head keeps the best of its own [heads, channels]: what the j-th best is worth, their mean [channels]."""
+    """What the j-th best channel is worth where each head keeps its own best: [heads, channels] to [channels]."""
     return score if score.ndim == 1 else score.sort(descending=True).values.mean(0)
 
 
@@ -82,8 +86,7 @@ def _of_group(
 def _in_scores(model: nn.Module, group: ChannelGroup, statistics: Statistics) -> Tensor:
     heads, stats = Heads.of(model.get_submodule(group.attention)), statistics[f"{group.modules[0]}.output"]
     square = stats.m2 / stats.count + stats.mean.square()
-    queries, keys = square[: 2 * heads.number * heads.qk].view(2, heads.number, heads.qk)
-    return queries * keys
+    return square[: 2 * heads.number * heads.qk].view(2, heads.number, heads.qk).prod(0)
 
 
 def _consumed(

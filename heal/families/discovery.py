@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from heal.families.family import ChannelGroup, MlpPair, attention_groups
 from heal.narrow_attention import NarrowAttention
 
+ATTENTION_HOMES = ("timm.layers.attention", "timm.models.vision_transformer")  # the second in older timm
 PLAIN = ("Linear", "Conv2d", "Conv2dSame")  # subclasses that standardise or mix their weights are not
 
 
@@ -49,12 +50,11 @@ def attentions(model: nn.Module, blocks: Iterable[str]) -> tuple[ChannelGroup, .
 
 def is_plain_attention(module: object) -> bool:
     """timm's Attention, or what a cut made of it, that neither norms queries, keys and values nor gates its output."""
-    home = type(module).__module__.startswith(("timm.layers.", "timm.models.vision_transformer"))
-    known = isinstance(module, NarrowAttention) or (type(module).__name__ == "Attention" and home)
+    is_timms = type(module).__name__ == "Attention" and type(module).__module__ in ATTENTION_HOMES
     norms = (getattr(module, norm, None) for norm in ("q_norm", "k_norm", "norm"))
     layers = (getattr(module, layer, None) for layer in ("qkv", "proj"))
     bare = all(isinstance(norm, nn.Identity | None) for norm in norms) and getattr(module, "gate", None) is None
-    return known and bare and all(map(is_plain, layers))
+    return (is_timms or isinstance(module, NarrowAttention)) and bare and all(map(is_plain, layers))
 
 
 def is_plain(layer: object) -> bool:

@@ -92,8 +92,8 @@ def mixed(attention: Any, square: Tensor, keep: Tensor, damping: float) -> tuple
     places = torch.arange(2 * heads.number * heads.qk).view(2, heads.number, heads.qk)
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for own, kept in zip(places.unbind(1), keep.expand(heads.number, -1), strict=True):
-        moments = (square[place][:, place] for place in own)
-        for side, place, mix in zip(sides, own, compensation(*moments, kept, damping), strict=True):
+        queries, keys = (square[place][:, place] for place in own)
+        for side, place, mix in zip(sides, own, compensation(queries, keys, kept, damping), strict=True):
             side.append(mix.T @ layer[place[kept]])
     rows = torch.cat([*sides[0], *sides[1]])
     return rows[:, :-1], rows[:, -1]
