@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from heal.errors import ArchitectureError, MethodError
 from heal.families.family import KINDS, ChannelGroup
+from heal.families.heads import Heads
 from heal.families.lookup import cuttable_or_raise
-from heal.heads import Heads
 from heal.merging import merge
 from heal.naming import refuse_unknown
 from heal.values import LayerStats

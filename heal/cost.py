@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from heal.errors import ImagesError, InputError
+from heal.families.narrow_attention import NarrowAttention
 from heal.modes import evaluating, listening
-from heal.narrow_attention import NarrowAttention
 
 
 def parameters(model: nn.Module) -> int:

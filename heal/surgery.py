@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from heal.errors import ArchitectureError, MethodError
 from heal.families.discovery import is_plain_attention
 from heal.families.family import ChannelGroup, Family
+from heal.families.heads import Heads
 from heal.families.lookup import cuttable_or_raise, describe
-from heal.heads import Heads
+from heal.families.narrow_attention import NarrowAttention
 from heal.masking import write
 from heal.naming import nearest
-from heal.narrow_attention import NarrowAttention
 from heal.values import ChannelCut
 
 SIZES = {  # attributes that say how many channels there are, by the side that is cut
@@ -93,8 +93,8 @@ def _settle(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
         attention = NarrowAttention(attention)
         parent, _, name = group.attention.rpartition(".")
         setattr(model.get_submodule(parent), name, attention)
-    attention.attn_dim = attention.proj.in_features
-    attention.head_dim = attention.attn_dim // attention.num_heads
+    heads = Heads.of(attention)
+    attention.head_dim, attention.attn_dim = heads.v, heads.number * heads.v
 
 
 def _fitting(model: nn.Module, chosen: ChannelCut, family: Family | None) -> list[tuple[ChannelGroup, Tensor]]:

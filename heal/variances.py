@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from heal.denoising import denoised
 from heal.errors import MethodError
 from heal.families.family import ChannelGroup
-from heal.heads import Heads
+from heal.families.heads import Heads
 from heal.values import LayerStats
 
 Statistics = Mapping[str, LayerStats]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from heal.families.family import ChannelGroup, MlpPair, attention_groups
-from heal.narrow_attention import NarrowAttention
+from heal.families.narrow_attention import NarrowAttention
 
 ATTENTION_HOMES = ("timm.layers.attention", "timm.models.vision_transformer")  # the second in older timm
 PLAIN = ("Linear", "Conv2d", "Conv2dSame")  # subclasses that standardise or mix their weights are not

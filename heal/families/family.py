@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from heal.errors import ArchitectureError
-from heal.heads import PARTS
+from heal.families.heads import PARTS
 
 Kind = Literal["mlp", "inner", "residual", "qk", "v", "heads"]
 """What a group's channels are: an MLP's hidden units; a convolutional block's inner channels; the residual stream;

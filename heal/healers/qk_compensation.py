@@ -15,15 +15,15 @@ solve it at d^3; M is not made symmetric; lam is damping * mean(a) * mean(b); th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from heal.errors import MethodError
 from heal.families.family import ChannelGroup
+from heal.families.heads import Heads
 from heal.families.lookup import cuttable_or_raise
-from heal.heads import Heads
 from heal.healers.reporting import reported
 from heal.images import Images
 from heal.method import HealContext, HealingReport
@@ -55,10 +55,9 @@ class QkCompensation:
         self, student: nn.Module, teacher: nn.Module, cut: dict[str, tuple[ChannelGroup, Tensor]], context: HealContext
     ) -> None:
         for done, (group, keep) in enumerate(cut.values(), start=1):
-            attention: Any = teacher.get_submodule(group.attention)
-            square = second_moment(context.statistics[f"{group.modules[0]}.output"])
-            rows = mixed(attention, square, keep, self.damping)
-            _write(student.get_submodule(group.modules[0]), *rows)
+            name, heads = group.modules[0], Heads.of(teacher.get_submodule(group.attention))
+            square = second_moment(context.statistics[f"{name}.output"])
+            _write(student.get_submodule(name), *mixed(teacher.get_submodule(name), heads, square, keep, self.damping))
             context.report("qk_compensation", done, len(cut))
 
 
@@ -80,15 +79,14 @@ def second_moment(stats: LayerStats) -> Tensor:
     return stats.covariance + torch.outer(stats.mean, stats.mean)
 
 
-def mixed(attention: Any, square: Tensor, keep: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the queries and keys that a dense attention keeps, mixed, head after head, float64.
+def mixed(dense: nn.Module, heads: Heads, square: Tensor, keep: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the queries and keys that stay of a dense layer, mixed, head after head, float64.
 
-    square: the second moment of qkv's output. keep: dimensions [kept], or [heads, kept].
+    square: the second moment of the layer's output. keep: dimensions [kept], or [heads, kept].
     """
-    heads = Heads.of(attention)
-    weight = attention.qkv.weight.detach().double().cpu()
-    bias = torch.zeros(len(weight)) if attention.qkv.bias is None else attention.qkv.bias.detach()
-    layer = torch.cat([weight, bias.double().cpu().unsqueeze(1)], dim=1)
+    weight = dense.get_parameter("weight").detach()
+    bias = weight.new_zeros(len(weight)) if dense.bias is None else dense.get_parameter("bias").detach()
+    layer = torch.cat([weight, bias.unsqueeze(1)], dim=1).double().cpu()
     places = torch.arange(2 * heads.number * heads.qk).view(2, heads.number, heads.qk)
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for own, kept in zip(places.unbind(1), keep.expand(heads.number, -1), strict=True):
@@ -112,8 +110,8 @@ def compensation(queries: Tensor, keys: Tensor, keep: Tensor, damping: float) ->
     return u * sizes.sqrt(), vh.T * sizes.sqrt()
 
 
-def _write(qkv: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def _write(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     with torch.no_grad():
-        qkv.get_parameter("weight")[: len(weight)] = weight.to(qkv.get_parameter("weight"))
-        if qkv.bias is not None:
-            qkv.get_parameter("bias")[: len(bias)] = bias.to(qkv.get_parameter("bias"))
+        layer.get_parameter("weight")[: len(weight)] = weight.to(layer.get_parameter("weight"))
+        if layer.bias is not None:
+            layer.get_parameter("bias")[: len(bias)] = bias.to(layer.get_parameter("bias"))

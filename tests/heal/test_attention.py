@@ -17,13 +17,13 @@ from heal.allocators.global_variance import GlobalVariance
 from heal.compat import timm
 from heal.errors import ArchitectureError, MethodError
 from heal.families.family import ChannelGroup, Family, attention_groups
+from heal.families.heads import Heads
 from heal.families.lookup import describe
-from heal.heads import Heads
+from heal.families.narrow_attention import NarrowAttention
 from heal.healers import HEALERS
 from heal.healers.closed_form import ClosedForm
 from heal.healers.qk_compensation import QkCompensation
 from heal.method import HealContext, check, taps
-from heal.narrow_attention import NarrowAttention
 from heal.pruned import apply
 from heal.pruners.variance import Variance
 from heal.statistics import capture

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from heal import surgery
 from heal.errors import ArchitectureError, BudgetError, NumericalError
 from heal.families.family import HIDDEN, KINDS, ChannelGroup, Family
+from heal.families.heads import Heads
 from heal.families.lookup import describe
-from heal.heads import Heads
 from heal.values import ChannelCut
 from tests.heal.nets import CLASSES, NETS, build, images
 
