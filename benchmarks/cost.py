@@ -136,7 +136,8 @@ def _starfish(model: nn.Module) -> str:
 
 def _speed(model: nn.Module, batch: int) -> str:
     cut = copy.deepcopy(model)
-    shrink(cut, {name: width // 2 for name, width in widths(cut).items()})
+    dense = widths(cut)
+    shrink(cut, {pair.producer: dense[pair.producer] // 2 for pair in describe(cut).pairs})
     macs = cost.macs(model, (3, 224, 224)) / cost.macs(cut, (3, 224, 224))
     timed = cost.latency(
         {"dense": model, "cut": cut}, torch.randn(batch, 3, 224, 224), rounds=101 if batch == 1 else 11

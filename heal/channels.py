@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from heal.errors import ArchitectureError, MethodError
 from heal.families.family import KINDS, ChannelGroup, Kind
+from heal.families.heads import Heads
 from heal.families.lookup import cuttable_or_raise
 from heal.merging import merge
 from heal.naming import refuse_unknown
@@ -19,11 +20,17 @@ PLAIN: tuple[Kind, ...] = ("mlp", "inner", "residual")
 
 
 def refuse_unknown_kinds(param: str, kinds: Sequence[str], known: Sequence[Kind] = KINDS) -> None:
-    """Raise MethodError unless all are kinds that the method knows, and there is one."""
+    """Raise MethodError unless all are kinds that the method knows, there is one, and no two hold the same weights."""
     if not kinds:
         raise MethodError(f"{param} is empty; name at least one of {', '.join(known)}")
     for kind in kinds:
         refuse_unknown(param, kind, known)
+    inside = [kind for kind in ("qk", "v") if kind in kinds]
+    if "heads" in kinds and inside:
+        raise MethodError(
+            f"{param} = {', '.join(kinds)}: heads are made of the dimensions that {' and '.join(inside)} count, so "
+            "what goes with a head would go twice; leave out one, and cut it in a second run from what the first gives"
+        )
 
 
 def cuts(kinds: Iterable[str]) -> frozenset[str]:
@@ -66,6 +73,11 @@ def second_moment(statistics: Mapping[str, LayerStats], model: nn.Module, consum
     return LayerStats(both.count, both.mean, both.m2, both.comoment[0])
 
 
+def consumed(model: nn.Module, group: ChannelGroup, keep: Tensor) -> Tensor:
+    """The input channels that the group's consumers keep, ascending: of heads and their dimensions many for each."""
+    return Heads.of(model.get_submodule(group.attention)).columns(group.kind, keep) if group.attention else keep
+
+
 def columns(module: nn.Module, keep: Tensor) -> Tensor:
     """The columns of a consumer's flattened weight that multiply the channels `keep` [k], ascending: [k * places]."""
     places = module.get_parameter("weight")[0, 0].numel()
@@ -79,9 +91,9 @@ def through(module: nn.Module, mean: Tensor) -> Tensor:
 
 
 def highest(scores: Tensor, kept: int) -> Tensor:
-    """Ascending indices of the `kept` highest scores; of equal ones the later stays."""
+    """Ascending indices of the `kept` highest scores along the last axis; of equal ones the later stays."""
     order = torch.argsort(scores, stable=True)
-    return order[len(order) - kept :].sort().values
+    return order[..., order.shape[-1] - kept :].sort().values
 
 
 def folded(
@@ -96,7 +108,7 @@ def folded(
         for consumer in group.consumers:
             module = model.get_submodule(consumer)
             mean = statistics[f"{consumer}.input"].mean.clone()
-            mean[keep[name]] = 0
+            mean[consumed(model, group, keep[name])] = 0
             shift, bias = through(module, mean), module._parameters["bias"]
             new = shift if bias is None else bias.detach().double().cpu() + shift
             updates[f"{consumer}.bias"] = new.to(module.get_parameter("weight"))

@@ -15,27 +15,11 @@ from heal.families.discovery import batch_norms
 from heal.families.family import HIDDEN, Family
 from heal.families.lookup import cuttable_or_raise, describe
 from heal.families.parts import parts
+from heal.healer_rules import refuse_idle, refuse_order
 from heal.images import Images
 from heal.progress import Report, quiet
 from heal.values import Allocation, Budget, ChannelCut, LayerStats, Mask
-
-STAND_ON_DENSE_STATISTICS = frozenset({"signal_resuscitation", "layerwise_variance", "bias_correction"})
-"""Healers that bring a layer's output back to what the dense BatchNorm after it expects."""
-
-MOVE_STATISTICS = frozenset(
-    {
-        "batchnorm_recalibration",
-        "variance_matching",
-        "unipts",
-        "bias_correction",
-        "least_squares",
-        "adaprune",
-    }
-)
-"""Healers after which a BatchNorm expects something else."""
-
-SOLVE_ANEW = frozenset({"closed_form", "least_squares"})
-"""Healers that fit layers to the dense outputs, whatever they were before."""
+from heal.variances import refuse_statistic
 
 Statistics = Mapping[str, LayerStats]
 """Moments by tap: "<module>.input" or "<module>.output"."""
@@ -152,7 +136,11 @@ def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner
             )
         _refuse_missing(model, family, f"{kind} {name_of(method)}", method.needs)
     refuse_unit(model, removed)
-    _refuse_order([name_of(healer) for healer in healers], name_of(pruner))
+    names, kinds = [name_of(healer) for healer in healers], _kinds(allocator.needs)
+    refuse_order(names, name_of(pruner))
+    if kinds:
+        refuse_idle(names, kinds)
+        refuse_statistic(f"pruner {name_of(pruner)}", getattr(pruner, "statistic", "post"), kinds)
 
 
 def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset[str]) -> None:
@@ -164,31 +152,12 @@ def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset
             f"{who} is for networks without BatchNorm, and {kind} has it; choose batchnorm_recalibration or "
             "variance_matching"
         )
-    kinds = [need.removeprefix("cuts ") for need in sorted(needs) if need.startswith("cuts ")]
-    if kinds:
-        pool(model, kinds)
+    if _kinds(needs):
+        pool(model, _kinds(needs))
     if "projections" in needs and not family.projections:
         raise ArchitectureError(f"{who} is about projections on skip paths, but family {family.name} names none")
     if "norms" in needs and not family.norms:
         raise ArchitectureError(f"{who} rewrites the weights of norms, but family {family.name} names none")
-
-
-def _refuse_order(healers: list[str], pruner: str) -> None:
-    if pruner == "none" and set(healers) - {"none"}:
-        raise MethodError(f"pruner none leaves nothing to heal, but healers are {', '.join(healers)}; name only none")
-    late = [healer for healer in healers[1:] if healer in SOLVE_ANEW]
-    if late:
-        raise MethodError(
-            f"healers {', '.join(healers)}: {late[0]} solves layers anew for the dense outputs and would undo what "
-            "came before it; put it first"
-        )
-    for at, healer in enumerate(healers):
-        moved = set(healers[:at]) & MOVE_STATISTICS
-        if healer in STAND_ON_DENSE_STATISTICS and moved:
-            raise MethodError(
-                f"healers {', '.join(healers)}: {healer} stands on the dense running statistics, which "
-                f"{' and '.join(sorted(moved))} rewrote; put it before"
-            )
 
 
 def refuse_unit(model: nn.Module, removed: str) -> None:
@@ -213,9 +182,10 @@ def taps(model: nn.Module, methods: Iterable[Allocator | Pruner | Healer]) -> di
 
 def _taps_of_cuts(model: nn.Module, family: Family, needs: frozenset[str]) -> dict[str, bool]:
     """Of the groups that the allocator cuts ("cuts <kind>"), or of all hidden channels where none says so."""
-    kinds = {need.removeprefix("cuts ") for need in needs if need.startswith("cuts ")} or set(HIDDEN)
     wanted: dict[str, bool] = {}
-    for group in family.groups_of(kinds).values():
+    for group in family.groups_of(_kinds(needs) or HIDDEN).values():
+        if group.kind == "qk" and needs & {"moments", "qk_second_moment"}:
+            wanted[f"{group.modules[0]}.output"] = "qk_second_moment" in needs
         for consumer in group.consumers:
             if needs & {"moments", "channel_second_moment"}:
                 wanted[f"{consumer}.input"] = "channel_second_moment" in needs
@@ -223,9 +193,14 @@ def _taps_of_cuts(model: nn.Module, family: Family, needs: frozenset[str]) -> di
                 wanted[second_moment_tap(model, consumer)] = True
             if "saliency" in needs:
                 wanted[f"{consumer}.saliency"] = False
-        if "preactivation_moments" in needs:
+        if "preactivation_moments" in needs and not group.attention:
             wanted[f"{group.producers[0]}.output"] = False
     return wanted
+
+
+def _kinds(needs: frozenset[str]) -> list[str]:
+    """The kinds of channels that an allocator with these needs cuts."""
+    return [need.removeprefix("cuts ") for need in sorted(needs) if need.startswith("cuts ")]
 
 
 def name_of(method: object) -> str:

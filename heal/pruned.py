@@ -7,6 +7,7 @@ from torch import nn
 
 from heal import masking, surgery
 from heal.errors import WeightsError
+from heal.families.family import ChannelGroup
 from heal.families.lookup import describe
 from heal.values import ChannelCut, Mask
 
@@ -24,10 +25,11 @@ def describe_cuts(model: nn.Module, pruned: Mask | ChannelCut) -> tuple[str, ...
     if isinstance(pruned, Mask):
         return tuple(f"{layer}: {int(k.count_nonzero())} of {k.numel()} weights" for layer, k in pruned.keep.items())
     groups = describe(model).cuttable
-    return tuple(
-        f"{' + '.join(groups[g].producers)} -> {' + '.join(groups[g].consumers)}: {len(keep)} of {pruned.total[g]}"
-        for g, keep in pruned.keep.items()
-    )
+    return tuple(f"{_ends(groups[name])}: {kept} of {pruned.total[name]}" for name, kept in pruned.kept.items())
+
+
+def _ends(group: ChannelGroup) -> str:
+    return " -> ".join(" + ".join(ends) for ends in (group.producers, group.consumers) if ends)
 
 
 def refuse_broken(model: nn.Module) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from heal.errors import ArchitectureError
+from heal.errors import ArchitectureError, MethodError
+from heal.families.discovery import is_plain_attention
 from heal.families.family import ChannelGroup, Family
+from heal.families.heads import Heads
 from heal.families.lookup import cuttable_or_raise, describe
+from heal.families.narrow_attention import NarrowAttention
 from heal.masking import write
 from heal.naming import nearest
 from heal.values import ChannelCut
@@ -26,23 +30,25 @@ def cut(model: nn.Module, chosen: ChannelCut, family: Family | None = None) -> N
     """Write the cut's updates, then slice every chosen group in place; nothing changes when something does not fit.
 
     New parameters keep requires_grad, dtype and device; optimisers made before hold the old ones.
-    Raises ArchitectureError when a group is unknown, of another width, or cannot be sliced.
+    An attention whose heads lose dimensions is replaced by a NarrowAttention around the same layers.
+    Raises ArchitectureError when a group is unknown, of another width, or cannot be sliced, MethodError when heads
+    and dimensions of one attention are to go at once.
     """
     groups = _fitting(model, chosen, family)
     write(model, chosen.updates)
     for group, keep in groups:
-        for producer in group.producers:
-            _slice(model.get_submodule(producer), "rows", keep)
-        for follower in group.followers:
-            _slice(model.get_submodule(follower), "channels", keep)
-        for consumer in group.consumers:
-            _slice(model.get_submodule(consumer), "columns", keep)
+        indices = _indices(model, group, keep)
+        for side, modules in _sides(group).items():
+            for module in modules:
+                _slice(model.get_submodule(module), side, indices[side])
+        if group.attention:
+            _settle(model, group, keep)
 
 
 def widths(model: nn.Module, family: Family | None = None) -> dict[str, int]:
     """How many channels every group has now; empty for a network without groups."""
     groups = (family or describe(model)).cuttable
-    return {name: _size(model.get_submodule(group.producers[0]), "rows") for name, group in groups.items()}
+    return {name: _width(model, group) for name, group in groups.items()}
 
 
 def shrink(model: nn.Module, to: Mapping[str, int], family: Family | None = None) -> None:
@@ -56,9 +62,39 @@ def shrink(model: nn.Module, to: Mapping[str, int], family: Family | None = None
             raise ArchitectureError(f"the model has no channel group {name!r}; {nearest(name, present)}")
         if not 1 <= width <= present[name]:
             raise ArchitectureError(f"channel group {name} has {present[name]} channels and cannot be given {width}")
+    groups = (family or describe(model)).cuttable
     smaller = {name: width for name, width in to.items() if width < present[name]}
-    keep = {name: torch.arange(width) for name, width in smaller.items()}
-    cut(model, ChannelCut(keep, {name: present[name] for name in smaller}), family)
+    heads = {name for name in smaller if groups[name].kind == "heads"}
+    for names in (heads, smaller.keys() - heads):
+        keep = {name: torch.arange(smaller[name]) for name in smaller if name in names}
+        cut(model, ChannelCut(keep, {name: present[name] for name in keep}), family)
+
+
+def _width(model: nn.Module, group: ChannelGroup) -> int:
+    if group.attention:
+        return Heads.of(model.get_submodule(group.attention)).width(group.kind)
+    return _size(model.get_submodule(group.producers[0]), "rows")
+
+
+def _indices(model: nn.Module, group: ChannelGroup, keep: Tensor) -> dict[str, Tensor]:
+    """What stays of every side; of an attention, at the places that its layers have now."""
+    if not group.attention:
+        return dict.fromkeys(SIZES, keep)
+    heads = Heads.of(model.get_submodule(group.attention))
+    return {"rows": heads.rows(group.kind, keep), "columns": heads.columns(group.kind, keep)}
+
+
+def _settle(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
+    """Let an attention whose layers were sliced know how many heads of which width there are."""
+    attention: Any = model.get_submodule(group.attention)
+    if group.kind == "heads":
+        attention.num_heads = len(keep)
+    if group.kind != "heads" or not hasattr(attention, "attn_dim"):  # older timm takes it for the width of tokens
+        attention = NarrowAttention(attention)
+        parent, _, name = group.attention.rpartition(".")
+        setattr(model.get_submodule(parent), name, attention)
+    heads = Heads.of(attention)
+    attention.head_dim, attention.attn_dim = heads.v, heads.number * heads.v
 
 
 def _fitting(model: nn.Module, chosen: ChannelCut, family: Family | None) -> list[tuple[ChannelGroup, Tensor]]:
@@ -72,16 +108,58 @@ def _fitting(model: nn.Module, chosen: ChannelCut, family: Family | None) -> lis
             raise ArchitectureError(f"cut: the model has no channel group {name!r}; {nearest(name, groups)}")
         for side, modules in _sides(groups[name]).items():
             for module in modules:
-                _refuse_unless_sliceable(name, module, model.get_submodule(module), side, total, owners)
-    return [(groups[name], keep) for name, keep in chosen.keep.items() if len(keep) < chosen.total[name]]
+                _refuse_unless_sliceable(name, module, model.get_submodule(module), side, owners)
+        _refuse_another_width(model, groups[name], chosen.keep[name], total)
+    smaller = [(groups[name], keep) for name, keep in chosen.keep.items() if chosen.kept[name] < chosen.total[name]]
+    _refuse_overlap([group for group, _ in smaller])
+    return smaller
 
 
 def _sides(group: ChannelGroup) -> dict[str, tuple[str, ...]]:
-    return {"rows": group.producers, "channels": group.followers, "columns": group.consumers}
+    return {"rows": group.modules, "channels": group.followers, "columns": group.consumers}
+
+
+def _refuse_another_width(model: nn.Module, group: ChannelGroup, keep: Tensor, total: int) -> None:
+    if group.attention:
+        _refuse_other_heads(group, model.get_submodule(group.attention), keep, total)
+        return
+    for side, modules in _sides(group).items():
+        for name in modules:
+            module = model.get_submodule(name)
+            if _size(module, side) != total:
+                where = f"cut of {group.name}: {name} ({type(module).__name__})"
+                raise ArchitectureError(f"{where} has {_size(module, side)} {side}, the cut was made for {total}")
+    if keep.ndim != 1:
+        raise ArchitectureError(f"cut of {group.name}: channels of kind {group.kind} are in no heads, so keep is 1-D")
+
+
+def _refuse_other_heads(group: ChannelGroup, attention: nn.Module, keep: Tensor, total: int) -> None:
+    where = f"cut of {group.name}: {group.attention} ({type(attention).__name__})"
+    if not is_plain_attention(attention):
+        raise ArchitectureError(f"{where} is not timm's plain Attention, so its heads cannot be cut")
+    heads = Heads.of(attention)
+    if heads.width(group.kind) != total:
+        what = "heads" if group.kind == "heads" else "dimensions a head"
+        raise ArchitectureError(f"{where} has {heads.width(group.kind)} {what}, the cut was made for {total}")
+    if keep.ndim == 2 and (group.kind == "heads" or len(keep) != heads.number):
+        raise ArchitectureError(
+            f"{where} has {heads.number} heads, the cut has {len(keep)} rows; give a row of dimensions for every head, "
+            "or one for all, and of heads one"
+        )
+
+
+def _refuse_overlap(groups: list[ChannelGroup]) -> None:
+    whole = {group.attention for group in groups if group.kind == "heads"}
+    for group in groups:
+        if group.attention in whole and group.kind != "heads":
+            raise MethodError(
+                f"cut of {group.name}: heads of {group.attention} go as well, and with them dimensions; "
+                "cut heads first, then dimensions of those that stay"
+            )
 
 
 def _refuse_unless_sliceable(
-    group: str, name: str, module: nn.Module, side: str, total: int, owners: Mapping[int, list[str]]
+    group: str, name: str, module: nn.Module, side: str, owners: Mapping[int, list[str]]
 ) -> None:
     where = f"cut of {group}: {name} ({type(module).__name__})"
     if not (_is_channelwise(module) if side == "channels" else _is_matrix(module)):
@@ -89,8 +167,6 @@ def _refuse_unless_sliceable(
             f"{where} cannot be sliced along its {side}; only Linear and ungrouped Conv2d can, "
             "and between them BatchNorm and depthwise Conv2d"
         )
-    if _size(module, side) != total:
-        raise ArchitectureError(f"{where} has {_size(module, side)} {side}, the cut was made for {total}")
     for leaf, parameter in module._parameters.items():
         shared = owners.get(id(parameter), [])
         if len(shared) > 1:

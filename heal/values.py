@@ -156,7 +156,8 @@ class ChannelCut:
     """Which channels stay; the tensors get smaller.
 
     `keep` maps a channel group's name to the ascending int64 indices that stay, `total` to its
-    width before. `updates` maps a parameter's dotted name to the value it takes, at its shape
+    width before. Indices are [kept], or [heads, kept] where every head of attention keeps dimensions of its own;
+    the width is then that of one head. `updates` maps a parameter's dotted name to the value it takes, at its shape
     before the cut (mean folding writes the consumers' biases so).
     """
 
@@ -168,17 +169,22 @@ class ChannelCut:
         if self.keep.keys() != self.total.keys():
             raise ValueError("a cut must say keep and total for the same groups")
         for group, keep in self.keep.items():
-            if keep.dtype != torch.int64 or keep.ndim != 1:
-                raise TypeError(f"cut of {group} must be a 1-D int64 tensor of indices")
+            if keep.dtype != torch.int64 or keep.ndim not in (1, 2):
+                raise TypeError(f"cut of {group} must be an int64 tensor of indices, 1-D, or 2-D with a row a head")
             if keep.numel() == 0:
                 raise BudgetError(f"cut of {group} would leave no channel; lower the budget")
-            if bool((keep.diff() <= 0).any()) or int(keep[0]) < 0 or int(keep[-1]) >= self.total[group]:
+            if bool((keep.diff() <= 0).any()) or int(keep.min()) < 0 or int(keep.max()) >= self.total[group]:
                 raise ValueError(f"cut of {group}: indices must ascend within 0..{self.total[group] - 1}")
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """How many channels of every group stay."""
+        return {group: keep.shape[-1] for group, keep in self.keep.items()}
 
     @property
     def removed(self) -> int:
         """How many channels go."""
-        return sum(self.total.values()) - sum(len(keep) for keep in self.keep.values())
+        return sum(self.total.values()) - sum(self.kept.values())
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from heal.families.family import HIDDEN
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
 from heal.values import Allocation, Budget
-from heal.variances import NEEDS, STATISTICS, Statistic, variances
+from heal.variances import NEEDS, STATISTICS, Statistic, of_all_heads, refuse_statistic, variances
 
 
 @dataclass(frozen=True)
 class GlobalVariance:
     """Widths from the global ranking of hidden neurons, and of a convolutional block's inner channels, by variance.
 
-    kinds: of the channels that may go: mlp | inner (of convolutional blocks). Every kind is ranked by itself and
-        loses the same share, as the scores of different kinds do not compare.
-
+    kinds: of the channels that may go: mlp | inner (of convolutional blocks) | qk (dimensions of every head's queries
+        and keys) | v (of its values) | heads (not beside qk or v). Every kind is ranked by itself and loses the same
+        share, as the scores of different kinds do not compare.
     multiple: widths are multiples of this (>= 1; 1 is the paper, 8 suits hardware); the total stays
-        exact, so one layer may carry a remainder.
+        exact, so one layer may carry a remainder. Heads are counted one by one.
     statistic: "post" ranks by what the consumer sees (the paper), "pre" by the producer's output
         (the paper's ablation), "weighted" by post times the squared norm of the consumer's weights, "denoised" as
         DVBP does (arXiv 2608.17657).
@@ -48,6 +48,7 @@ class GlobalVariance:
         refuse_unknown("global_variance.statistic", self.statistic, STATISTICS)
         refuse_unknown("global_variance.scope", self.scope, ("global", "layer"))
         refuse_unknown_kinds("global_variance.kinds", self.kinds)
+        refuse_statistic("global_variance", self.statistic, self.kinds)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -58,4 +59,5 @@ class GlobalVariance:
         """Width of every group; meets the budget to one channel. Raises BudgetError."""
         groups = pool(model, self.kinds)
         scores = variances(model, groups, context.statistics, self.statistic, budget.fraction)
-        return widths_of(model, groups, scores, budget, context, self.multiple, self.scope)
+        shared = {name: of_all_heads(score) for name, score in scores.items()}
+        return widths_of(model, groups, shared, budget, context, self.multiple, self.scope)

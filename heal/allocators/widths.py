@@ -27,8 +27,8 @@ def widths_of(
     """Of every group the width that its scores [channels] earn. Raises BudgetError.
 
     Every kind of channels loses the same share; within one kind scope "global" ranks all channels together, "layer"
-    takes the same share of every group. A budget in neurons is met to one channel; one in MACs by the most channels
-    that fit, and the evidence says how many MACs are left.
+    takes the same share of every group. Heads are wide enough to go one by one. A budget in neurons is met to one
+    channel; one in MACs by the most channels that fit, and the evidence says how many MACs are left.
     """
     totals = {name: len(score) for name, score in scores.items()}
     whole, asking = sum(totals.values()), f"{budget.unit} = {budget.fraction:g}"
@@ -77,13 +77,14 @@ def _shared(
     shares = shared_evenly({kind: sum(totals[name] for name in names) for kind, names in members.items()}, kept)
     found: dict[str, int] = {}
     for kind, names in members.items():
-        refuse_if_too_small(shares[kind], len(names), multiple, asking)
+        step = 1 if kind == "heads" else multiple
+        refuse_if_too_small(shares[kind], len(names), step, asking)
         own = {name: scores[name] for name in names}
         if scope == "global":
-            counts = ranked_globally(own, shares[kind], multiple)
+            counts = ranked_globally(own, shares[kind], step)
         else:
             counts = shared_evenly({name: totals[name] for name in names}, shares[kind])
-        found |= rounded(own, counts, multiple)
+        found |= rounded(own, counts, step)
     return {name: found[name] for name in groups}
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from heal.families.family import MlpPair
+from heal.families.family import ChannelGroup, MlpPair, attention_groups
+from heal.families.narrow_attention import NarrowAttention
 
+ATTENTION_HOMES = ("timm.layers.attention", "timm.models.vision_transformer")  # the second in older timm
 PLAIN = ("Linear", "Conv2d", "Conv2dSame")  # subclasses that standardise or mix their weights are not
 
 
@@ -38,6 +40,21 @@ def mlp_pairs(model: nn.Module, blocks: Iterable[str]) -> tuple[MlpPair, ...]:
     """The plain MLPs of the blocks. Gated ones, and those that normalise their hidden layer, mix units: left out."""
     names = (name for name, module in _below(model, blocks) if _is_plain_mlp(module))
     return tuple(MlpPair(f"{name}.fc1", f"{name}.act", f"{name}.fc2") for name in names)
+
+
+def attentions(model: nn.Module, blocks: Iterable[str]) -> tuple[ChannelGroup, ...]:
+    """The channel groups of the blocks' plain attention."""
+    names = (name for name, module in _below(model, blocks) if is_plain_attention(module))
+    return tuple(group for name in names for group in attention_groups(name))
+
+
+def is_plain_attention(module: object) -> bool:
+    """timm's Attention, or what a cut made of it, that neither norms queries, keys and values nor gates its output."""
+    is_timms = type(module).__name__ == "Attention" and type(module).__module__ in ATTENTION_HOMES
+    norms = (getattr(module, norm, None) for norm in ("q_norm", "k_norm", "norm"))
+    layers = (getattr(module, layer, None) for layer in ("qkv", "proj"))
+    bare = all(isinstance(norm, nn.Identity | None) for norm in norms) and getattr(module, "gate", None) is None
+    return (is_timms or isinstance(module, NarrowAttention)) and bare and all(map(is_plain, layers))
 
 
 def is_plain(layer: object) -> bool:

@@ -6,6 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from heal.errors import ArchitectureError
+from heal.families.heads import PARTS
+
 Kind = Literal["mlp", "inner", "residual", "qk", "v", "heads"]
 """What a group's channels are: an MLP's hidden units; a convolutional block's inner channels; the residual stream;
 dimensions of queries and keys; of values; whole heads of attention."""
@@ -13,16 +16,20 @@ dimensions of queries and keys; of values; whole heads of attention."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HIDDEN: tuple[Kind, ...] = ("mlp", "inner")
 """The kinds that are cut unless others are asked for."""
+ATTENTION: tuple[Kind, ...] = ("qk", "v", "heads")
+"""The kinds of timm's plain attention."""
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that live and die together; `name` is the first producer's dotted name.
+    """Channels that live and die together; `name` is mostly the first producer's dotted name.
 
-    producers: modules whose output rows are sliced (Linear, Conv2d).
+    producers: modules whose output rows are sliced (Linear, Conv2d); "<module>:<part>" is a part of its rows.
     followers: modules between that carry one value a channel (BatchNorm, depthwise Conv2d, GRN).
     consumers: modules whose input columns are sliced (Linear, Conv2d).
     kind: what the channels are.
+    attention: the attention whose heads hold them, "" elsewhere: a channel of kind "qk" or "v" is one dimension of
+        every head, one of kind "heads" a whole head. `attention_groups` makes these. Else raises ArchitectureError.
     """
 
     name: str
@@ -30,6 +37,36 @@ class ChannelGroup:
     consumers: tuple[str, ...]
     followers: tuple[str, ...] = ()
     kind: Kind = "inner"
+    attention: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind in ATTENTION and self.producers != _producers(self.attention, self.kind):
+            raise ArchitectureError(
+                f"channel group {self.name} is of kind {self.kind}, but its producers "
+                f"{', '.join(self.producers)} are no such parts of an attention; let attention_groups make it"
+            )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The producers' modules: without their parts, each once."""
+        return tuple(dict.fromkeys(producer.partition(":")[0] for producer in self.producers))
+
+
+def attention_groups(attention: str) -> tuple[ChannelGroup, ...]:
+    """Of timm's plain attention of that dotted name: dimensions of queries and keys, those of values, heads.
+
+    What heads and the other two have in common is cut by one of them at a time.
+    """
+    proj = (f"{attention}.proj",)
+    kinds: tuple[tuple[Kind, str, tuple[str, ...]], ...] = (("qk", "q", ()), ("v", "v", proj), ("heads", "heads", proj))
+    return tuple(
+        ChannelGroup(f"{attention}.qkv:{part}", _producers(attention, kind), consumers, (), kind, attention)
+        for kind, part, consumers in kinds
+    )
+
+
+def _producers(attention: str, kind: Kind) -> tuple[str, ...]:
+    return tuple(f"{attention}.qkv:{part}" for part in PARTS[kind])
 
 
 @dataclass(frozen=True)

@@ -89,4 +89,4 @@ def _checked(family: Family, model: nn.Module) -> Family:
 def _names(family: Family) -> Iterator[str]:
     yield from (*family.layers, *family.blocks, *family.norms, *family.classifier, *family.projections)
     for group in family.cuttable.values():
-        yield from (*group.producers, *group.followers, *group.consumers)
+        yield from (*group.modules, *group.followers, *group.consumers)

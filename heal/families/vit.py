@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from heal.families.discovery import children, classifier, matrices, mlp_pairs, norms
+from heal.families.discovery import attentions, children, classifier, matrices, mlp_pairs, norms
 from heal.families.family import Family
 
 
@@ -16,6 +16,7 @@ def vit(model: nn.Module) -> Family:
         layers=matrices(model, blocks),
         blocks=blocks,
         pairs=mlp_pairs(model, blocks),
+        groups=attentions(model, blocks),
         norms=norms(model),
         classifier=classifier(model),
         states="tokens",

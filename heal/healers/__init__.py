@@ -12,6 +12,7 @@ from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.least_squares import LeastSquares
 from heal.healers.mean_folding import MeanFolding
 from heal.healers.none import NoHealing
+from heal.healers.qk_compensation import QkCompensation
 from heal.healers.repair import Repair
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.starfish import Starfish
@@ -33,6 +34,7 @@ HEALERS: dict[str, type[Healer]] = {
     "least_squares": LeastSquares,
     "mean_folding": MeanFolding,
     "none": NoHealing,
+    "qk_compensation": QkCompensation,
     "repair": Repair,
     "signal_resuscitation": SignalResuscitation,
     "starfish": Starfish,

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from heal.channels import columns, second_moment
+from heal.channels import columns, consumed, second_moment
 from heal.denoising import denoised
 from heal.errors import MethodError
 from heal.families.lookup import cuttable_or_raise
@@ -139,7 +139,16 @@ def cut_sites(teacher: nn.Module, pruned: ChannelCut, image: Tensor) -> list[Cut
     """Every consumer of a cut group, in the order of the forward pass of one image [1, c, h, w]."""
     groups, keep = cuttable_or_raise(teacher).cuttable, pruned.keep
     own = {producer: keep[name] for name in keep for producer in groups[name].producers}
-    readers = {consumer: keep[name] for name in keep for consumer in groups[name].consumers}
+    readers = {
+        consumer: consumed(teacher, groups[name], kept)
+        for name, kept in keep.items()
+        for consumer in groups[name].consumers
+    }
+    if not readers:
+        raise MethodError(
+            f"closed_form solves what reads the cut channels, but of {', '.join(keep)} only scores are made; "
+            "heal queries and keys by qk_compensation"
+        )
     sites = []
     for consumer in trace(teacher, readers, image).order:
         module = teacher.get_submodule(consumer)

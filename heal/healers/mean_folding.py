@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from heal.channels import through
+from heal.channels import consumed, through
 from heal.errors import MethodError
 from heal.families.lookup import cuttable_or_raise
 from heal.healers.reporting import reported
@@ -54,7 +54,8 @@ def _fold(student: nn.Module, teacher: nn.Module, context: HealContext) -> None:
             bias = through(dense, mean)
             if dense.bias is not None:
                 bias = bias + dense.get_parameter("bias").detach().double().cpu()
-            new = bias[rows.get(consumer, slice(None))] - through(module, mean[keep[name]])
+            kept = consumed(teacher, groups[name], keep[name])
+            new = bias[rows.get(consumer, slice(None))] - through(module, mean[kept])
             weight = module.get_parameter("weight")
             with torch.no_grad():
                 if module.bias is None:

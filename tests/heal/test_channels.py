@@ -186,7 +186,7 @@ def _inputs(model: nn.Module, images: Tensor, wanted: dict[str, bool]) -> dict[s
 def test_an_unknown_kind_of_channels_is_refused() -> None:
     with pytest.raises(MethodError, match="did you mean 'residual'"):
         GlobalVariance(kinds=("residuals",))
-    with pytest.raises(ArchitectureError, match="no channels of kind inner; it has mlp"):
+    with pytest.raises(ArchitectureError, match="no channels of kind inner; it has heads, mlp, qk, v"):
         check(nets.build("vit"), Budget(neurons=0.5), GlobalVariance(kinds=("inner",)), Variance(), [])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from heal import cost, surgery
 from heal.compat import timm
 from heal.errors import ImagesError, InputError
+from heal.families.lookup import describe
 from tests.heal.nets import CLASSES, build, images
 
 
@@ -74,7 +75,7 @@ def test_cuts_lower_the_macs_and_zeros_do_not() -> None:
     with torch.no_grad():
         model.get_parameter("blocks.0.mlp.fc1.weight").zero_()
     assert cost.macs(model, (3, 32, 32)) == dense
-    surgery.shrink(model, dict.fromkeys(surgery.widths(model), 48))
+    surgery.shrink(model, {pair.producer: 48 for pair in describe(model).pairs})
     assert cost.macs(model, (3, 32, 32)) == vit_macs(32, 8, 32, 3, 48)
 
 

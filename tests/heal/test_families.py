@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from heal.channels import pool
 from heal.compat import timm
 from heal.errors import ArchitectureError
 from heal.families.family import ChannelGroup, Family, MlpPair
@@ -34,8 +35,8 @@ def outputs_of(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, T
 @pytest.mark.parametrize(
     ("net", "family", "layers", "blocks", "pairs", "groups"),
     [
-        ("vit", "vit", 12, 3, 3, 0),
-        ("deit", "vit", 12, 3, 3, 0),
+        ("vit", "vit", 12, 3, 3, 9),
+        ("deit", "vit", 12, 3, 3, 9),
         ("swin", "swin", 17, 4, 4, 0),
         ("swinv2", "swin", 13, 4, 4, 0),
         ("convnext", "convnext", 13, 5, 5, 0),
@@ -64,8 +65,9 @@ def test_every_name_is_a_module_and_none_comes_twice(net: str) -> None:
         assert len(set(names)) == len(names)
         assert set(names) <= modules.keys()
     for name, group in table.cuttable.items():
-        assert name == group.name == group.producers[0]
-        assert {*group.producers, *group.followers, *group.consumers} <= modules.keys()
+        assert name == group.name
+        assert name == group.producers[0] or group.kind == "heads"
+        assert {*group.modules, *group.followers, *group.consumers} <= modules.keys()
 
 
 @nets
@@ -175,10 +177,10 @@ def _on_meta(name: str, **kwargs: object) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "family", "blocks", "cuttable"),
     [
-        ("vit_tiny_patch16_224", "vit", 12, 12),
-        ("deit_base_distilled_patch16_224", "vit", 12, 12),
-        ("deit3_small_patch16_224", "vit", 12, 12),
-        ("vit_small_patch14_reg4_dinov2", "vit", 12, 12),
+        ("vit_tiny_patch16_224", "vit", 12, 48),
+        ("deit_base_distilled_patch16_224", "vit", 12, 48),
+        ("deit3_small_patch16_224", "vit", 12, 48),
+        ("vit_small_patch14_reg4_dinov2", "vit", 12, 48),
         ("swin_tiny_patch4_window7_224", "swin", 12, 12),
         ("swinv2_tiny_window8_256", "swin", 12, 12),
         ("convnext_tiny", "convnext", 18, 18),
@@ -204,7 +206,6 @@ def test_published_networks_have_a_family(name: str, family: str, blocks: int, c
     "name",
     [
         "convnextv2_atto",  # its MLP normalises the hidden layer (GRN)
-        "vit_giant_patch14_dinov2",  # its MLP is gated
         "resnext50_32x4d",  # its convolutions are grouped
         "mobilenetv1_100",  # its blocks have no inner channels
     ],
@@ -214,6 +215,13 @@ def test_what_mixes_channels_has_no_group(name: str) -> None:
     assert describe(model).layers
     with pytest.raises(ArchitectureError, match=r"is of family .* give a budget in weights"):
         cuttable_or_raise(model)
+
+
+def test_of_a_gated_mlp_only_the_attention_is_left_to_cut() -> None:
+    table = describe(_on_meta("vit_giant_patch14_dinov2"))
+    assert table.pairs == () and {group.kind for group in table.groups} == {"qk", "v", "heads"}
+    with pytest.raises(ArchitectureError, match="no channels of kind mlp; it has heads, qk, v"):
+        pool(_on_meta("vit_giant_patch14_dinov2"), ["mlp"])
 
 
 def test_a_normalised_mlp_is_no_pair() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import heal
 from heal.allocators import ALLOCATORS
+from heal.allocators.global_variance import GlobalVariance
 from heal.errors import ArchitectureError, BudgetError, InputError
 from heal.families.lookup import describe
 from heal.healers import HEALERS
@@ -140,12 +141,14 @@ def test_a_combination_makes_sense_or_is_refused_before_anything_is_computed(net
 def _that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Allocator, Pruner]]:
     """Of the allocators one for each kind of budget: what they give differs in numbers alone.
 
-    Of the pruners all for the healer `none`, else one for each kind: healers see what stays, not who chose it.
+    Of the pruners all for the healer `none`, else one for each kind: healers see what stays, not who chose it. Channels
+    are of the kinds that are cut by default, and of the kind that the healer is for.
     """
+    neurons = GlobalVariance(kinds=("qk",)) if healer == "qk_compensation" else GlobalVariance()
     chosen = PRUNERS if healer == "none" else {name: PRUNERS[name] for name in ("magnitude", "none", "variance")}
-    for budget, allocator in zip(BUDGETS, ("uniform", "global_variance"), strict=True):
+    for budget, allocator in zip(BUDGETS, (ALLOCATORS["uniform"](), neurons), strict=True):
         for pruner in chosen.values():
-            methods: tuple[Allocator, Pruner] = (ALLOCATORS[allocator](), pruner())
+            methods: tuple[Allocator, Pruner] = (allocator, pruner())
             try:
                 check(model, budget, *methods, [_quick(healer)])
             except InputError:

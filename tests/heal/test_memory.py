@@ -29,7 +29,7 @@ HELD = (MANY - FEW) * 3 * SIDE * SIDE * 4
 """Bytes that a method which holds all images takes more of many than of few: 45 MiB."""
 
 SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1, "population": 3, "parents": 2, "generations": 1}
-ONLY_NEURONS = {"closed_form", "global_variance"}
+ONLY_NEURONS = {"closed_form", "global_variance", "qk_compensation"}
 STATUS = Path("/proc/self/status")
 
 pytestmark = [

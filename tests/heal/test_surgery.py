@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -11,24 +11,31 @@ from torch import Tensor, nn
 
 from heal import surgery
 from heal.errors import ArchitectureError, BudgetError, NumericalError
-from heal.families.family import ChannelGroup, Family
+from heal.families.family import HIDDEN, KINDS, ChannelGroup, Family
+from heal.families.heads import Heads
 from heal.families.lookup import describe
 from heal.values import ChannelCut
 from tests.heal.nets import CLASSES, NETS, build, images
 
 nets = pytest.mark.parametrize("net", NETS)
+TOGETHER = tuple(kind for kind in KINDS if kind != "heads")  # what can be cut at once
 ratios = pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 FREE_SIZE = ("convnext", "resnet", "bottleneck", "vgg", "mobilenetv2", "mobilenetv3", "efficientnet")
 
 
-def random_cut(model: nn.Module, ratio: float, seed: int = 0, updates: bool = True) -> ChannelCut:
-    """Channels drawn from the seed, and new biases for the consumers that have one."""
+def random_cut(
+    model: nn.Module, ratio: float, seed: int = 0, updates: bool = True, kinds: Collection[str] = TOGETHER
+) -> ChannelCut:
+    """Channels of these kinds drawn from the seed, of queries and keys by every head for itself; and new biases for
+    the consumers that have one."""
     generator = torch.Generator().manual_seed(seed)
-    keep, total, new = {}, surgery.widths(model), {}
+    groups, widths = describe(model).groups_of(kinds), surgery.widths(model)
+    keep, total, new = {}, {name: widths[name] for name in groups}, {}
     for name, width in total.items():
         count = max(1, round((1 - ratio) * width))
-        keep[name] = torch.randperm(width, generator=generator)[:count].sort().values
-    for group in describe(model).cuttable.values() if updates else ():
+        heads = (_heads(model, groups[name]).number,) if groups[name].kind == "qk" else ()
+        keep[name] = torch.rand(*heads, width, generator=generator).argsort()[..., :count].sort().values
+    for group in groups.values() if updates else ():
         for consumer in group.consumers:
             bias = model.get_submodule(consumer)._parameters["bias"]
             if bias is not None:
@@ -43,15 +50,35 @@ def zero_out(model: nn.Module, chosen: ChannelCut, table: Family | None = None) 
         for name, new in chosen.updates.items():
             model.get_parameter(name).copy_(new)
         for name, keep in chosen.keep.items():
-            gone = [channel for channel in range(chosen.total[name]) if channel not in keep.tolist()]
-            for consumer in groups[name].consumers:
-                model.get_submodule(consumer).get_parameter("weight")[:, gone] = 0
+            group = groups[name]
+            if group.kind == "qk":
+                _zero_queries(model, group, keep)
+            for consumer in group.consumers:
+                weight = model.get_submodule(consumer).get_parameter("weight")
+                gone = torch.ones(weight.shape[1], dtype=torch.bool)
+                gone[_heads(model, group).columns(group.kind, keep) if group.attention else keep] = False
+                weight[:, gone] = 0
 
 
-def twins(model: nn.Module, ratio: float, seed: int = 0) -> tuple[nn.Module, nn.Module]:
+def _zero_queries(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
+    qkv, heads = model.get_submodule(group.modules[0]), _heads(model, group)
+    for head in range(heads.number):
+        kept = (keep if keep.ndim == 1 else keep[head]).tolist()
+        gone = [head * heads.qk + dimension for dimension in range(heads.qk) if dimension not in kept]
+        for parameter in qkv.parameters():
+            parameter[gone] = 0
+
+
+def _heads(model: nn.Module, group: ChannelGroup) -> Heads:
+    return Heads.of(model.get_submodule(group.attention))
+
+
+def twins(
+    model: nn.Module, ratio: float, seed: int = 0, kinds: Collection[str] = TOGETHER
+) -> tuple[nn.Module, nn.Module]:
     """The same random cut, sliced and masked."""
     sliced, masked = copy.deepcopy(model), copy.deepcopy(model)
-    chosen = random_cut(model, ratio, seed)
+    chosen = random_cut(model, ratio, seed, kinds=kinds)
     surgery.cut(sliced, chosen)
     zero_out(masked, chosen)
     return sliced, masked
@@ -117,7 +144,8 @@ def test_sliced_equals_masked_in_training_mode(net: str) -> None:
 @nets
 def test_a_single_channel_may_stay_everywhere(net: str) -> None:
     sliced, masked = twins(build(net), 0.999)
-    assert set(surgery.widths(sliced).values()) == {1}
+    found = surgery.widths(sliced)
+    assert {found[name] for name in describe(sliced).groups_of(TOGETHER)} == {1}
     assert_equal_to(sliced, masked, images(2))
     assert describe(sliced).cuttable == describe(build(net)).cuttable
 
@@ -131,9 +159,9 @@ def test_the_table_of_a_cut_model_is_the_dense_ones(net: str) -> None:
 @nets
 def test_attributes_agree_with_tensors_after_a_cut(net: str) -> None:
     model = build(net)
-    chosen = random_cut(model, 0.5)
+    chosen, dense = random_cut(model, 0.5), surgery.widths(model)
     surgery.cut(model, chosen)
-    assert surgery.widths(model) == {name: len(keep) for name, keep in chosen.keep.items()}
+    assert surgery.widths(model) == {**dense, **chosen.kept}
     for module in model.modules():
         if isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features)
@@ -147,11 +175,11 @@ def test_attributes_agree_with_tensors_after_a_cut(net: str) -> None:
 @nets
 def test_what_stays_are_the_chosen_channels_of_the_dense_model(net: str) -> None:
     model = build(net)
-    sliced, chosen = copy.deepcopy(model), random_cut(model, 0.5, updates=False)
+    sliced, chosen = copy.deepcopy(model), random_cut(model, 0.5, updates=False, kinds=HIDDEN)
     surgery.cut(sliced, chosen)
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
-    for name, group in describe(model).cuttable.items():
+    for name, group in describe(model).groups_of(HIDDEN).items():
         rows |= dict.fromkeys((*group.producers, *group.followers), chosen.keep[name])
         columns |= dict.fromkeys(group.consumers, chosen.keep[name])
     for name, expected in model.state_dict().items():

@@ -36,16 +36,18 @@ QUICK = {
 
 def _road(net: str, allocator: str, healer: str) -> list[str] | None:
     """Overrides of a road that makes sense for this network, or None."""
+    options = {"kinds": ("qk",)} if healer == "qk_compensation" else {}
     for budget, pruner, text in (
         (Budget(weights=0.6), "magnitude", "{weights: 0.6}"),
         (Budget(neurons=0.5), "variance", "{neurons: 0.5}"),
     ):
         try:
-            check(nets.build(net), budget, ALLOCATORS[allocator](), PRUNERS[pruner](), [HEALERS[healer]()])
+            check(nets.build(net), budget, ALLOCATORS[allocator](**options), PRUNERS[pruner](), [HEALERS[healer]()])
         except InputError:
             continue
         quick = [QUICK[name] for name in (allocator, healer) if name in QUICK]
         budgets = [f"allocation.method={allocator}", f"allocation.budget={text}"]
+        budgets += [f"allocation.{allocator}={{kinds: [qk]}}"] if options else []
         return [*budgets, f"pruning.method={pruner}", f"healing.methods=[{healer}]", *quick]
     return None
 
@@ -77,10 +79,15 @@ def _walked(
     return folders
 
 
-QUICKLY = [("relative_repairability", "variance_matching"), ("uniform", "unipts"), ("global_variance", "closed_form")]
+QUICKLY = [
+    ("relative_repairability", "variance_matching"),
+    ("uniform", "unipts"),
+    ("global_variance", "closed_form"),
+    ("global_variance", "qk_compensation"),
+]
 SLOWLY = [
     *((name, "none") for name in ALLOCATORS),
-    *(("uniform", name) for name in HEALERS if name not in ("closed_form", "unipts")),
+    *(("uniform", name) for name in HEALERS if name not in dict(QUICKLY).values()),
     ("global_variance", "starfish"),
 ]
 

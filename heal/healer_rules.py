@@ -1,0 +1,51 @@
+"""Which healers have something to do, and in which order they make sense."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from heal.errors import MethodError
+
+STAND_ON_DENSE_STATISTICS = frozenset({"signal_resuscitation", "layerwise_variance", "bias_correction"})
+"""Healers that bring a layer's output back to what the dense BatchNorm after it expects."""
+
+MOVE_STATISTICS = frozenset(
+    {"adaprune", "batchnorm_recalibration", "bias_correction", "least_squares", "unipts", "variance_matching"}
+)
+"""Healers after which a BatchNorm expects something else."""
+
+SOLVE_ANEW = frozenset({"closed_form", "least_squares", "qk_compensation"})
+"""Healers that fit layers to the dense outputs, whatever they were before; each writes others, so any may be first."""
+
+
+def refuse_order(healers: Sequence[str], pruner: str) -> None:
+    """Raise MethodError when one of the healers undoes what came before, or the pruner leaves nothing to heal."""
+    if pruner == "none" and set(healers) - {"none"}:
+        raise MethodError(f"pruner none leaves nothing to heal, but healers are {', '.join(healers)}; name only none")
+    for at, healer in enumerate(healers):
+        before = set(healers[:at])
+        if healer in SOLVE_ANEW and before - (SOLVE_ANEW - {healer}):
+            raise MethodError(
+                f"healers {', '.join(healers)}: {healer} solves layers anew for the dense outputs and would undo "
+                "what came before it; put it first"
+            )
+        moved = before & MOVE_STATISTICS
+        if healer in STAND_ON_DENSE_STATISTICS and moved:
+            raise MethodError(
+                f"healers {', '.join(healers)}: {healer} stands on the dense running statistics, which "
+                f"{' and '.join(sorted(moved))} rewrote; put it before"
+            )
+
+
+def refuse_idle(healers: Collection[str], kinds: Collection[str]) -> None:
+    """Raise MethodError when a healer has nothing to repair in a cut of these kinds of channels."""
+    if "qk_compensation" in healers and "qk" not in kinds:
+        raise MethodError(
+            f"healer qk_compensation makes up for cut queries and keys, but the allocator cuts {', '.join(kinds)}; "
+            "add qk to its kinds, or leave the healer out"
+        )
+    if "closed_form" in healers and set(kinds) == {"qk"}:
+        raise MethodError(
+            "healer closed_form solves the layers that read what was cut, but queries and keys are read by none; "
+            "take qk_compensation"
+        )
