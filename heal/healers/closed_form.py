@@ -31,7 +31,7 @@ from heal.healers.joint_moments import Joint, of_dense, of_pair
 from heal.healers.layer_batches import Site
 from heal.healers.matching import BATCH
 from heal.healers.reporting import reported
-from heal.healers.ridge import Fit, chosen, refuse_damping, ridge
+from heal.healers.ridge import Fit, chosen, refuse_damping, ridge, stable
 from heal.images import Images, Replay, first
 from heal.merging import without
 from heal.method import HealContext, HealingReport
@@ -41,6 +41,7 @@ from heal.values import ChannelCut, LayerStats
 from heal.wiring import trace
 
 ALL = 1 << 62
+ROUNDING = 1e-7
 
 
 @dataclass(frozen=True)
@@ -79,23 +80,34 @@ class ClosedForm:
         if not isinstance(context.pruned, ChannelCut):
             raise MethodError("closed_form repairs what a cut left; the pruner gave a mask: heal it by least_squares")
         sites = cut_sites(teacher, context.pruned, first(images, 1, 1)[0])
-        notes = []
+        notes: list[str] = []
         with evaluating(student), evaluating(teacher):
             for done, (site, fit) in enumerate(self._fits(student, teacher, sites, images, context), start=1):
-                damping = chosen(self.damping, fit)
-                trial, folded = ridge(fit.fitted, fit.anchor, damping), fit.folded
-                before, after = (float(fit.judging.errors(*answer).sum()) for answer in (folded, trial))
-                solution = ridge(fit.everything, fit.anchor, damping) if is_kept(before, after) else folded
-                if solution is folded:
-                    scale = float(fit.judging.yy.sum()) / fit.judging.count or 1.0
-                    notes.append(
-                        f"{site.consumer} has its mean folded only: on held-out images the solution's error is "
-                        f"{after / scale:.3g} of the variance, without it {before / scale:.3g}"
-                    )
-                    context.log(f"closed_form: {notes[-1]}")
+                solution, said = self._solved(fit)
+                notes += [f"{site.consumer} {note}" for note in said]
                 _write(student.get_submodule(site.consumer), *solution)
                 context.report("closed_form", done, len(sites))
+        for note in notes:
+            context.log(f"closed_form: {note}")
         return tuple(notes)
+
+    def _solved(self, fit: Fit) -> tuple[tuple[Tensor, Tensor], list[str]]:
+        """(weight, bias) of a consumer, and what is to be said of it."""
+        asked, notes = chosen(self.damping, fit), list[str]()
+        damping = stable(asked, fit.everything, fit.fitted)
+        if damping != asked:
+            notes.append(f"is solved at damping {damping:g}: at {asked:g} its second moment is not positive definite")
+        before, after = (
+            float(fit.judging.errors(*answer).sum()) for answer in (fit.folded, ridge(fit.fitted, fit.anchor, damping))
+        )
+        if is_kept(before, after):
+            return ridge(fit.everything, fit.anchor, damping), notes
+        scale = float(fit.judging.yy.sum()) / fit.judging.count or 1.0
+        notes.append(
+            f"has its mean folded only: on held-out images the solution's error is {after / scale:.3g} of the "
+            f"variance, without it {before / scale:.3g}"
+        )
+        return fit.folded, notes
 
     def _fits(
         self, student: nn.Module, teacher: nn.Module, sites: list[CutSite], images: Images, context: HealContext
@@ -114,7 +126,7 @@ class ClosedForm:
         """Of the statistics of all images, those of the held-out ones are taken off again to fit without them."""
         module = teacher.get_submodule(site.consumer)
         held = LayerStats(judging.count, judging.x[0].cpu(), judging.xx[0].diagonal().cpu(), judging.xx[0].cpu())
-        rest = without(stats, held)
+        rest = _blurred(without(stats, held))
         if self.moment == "denoised":
             share = rest.count / stats.count
             stats, rest = _signal(stats), _signal(replace(rest, images=round(stats.images * share)))
@@ -181,6 +193,13 @@ def _answered(weight: Tensor, bias: Tensor, stats: LayerStats, site: CutSite) ->
         xy[at].unsqueeze(0),
         (rows * xy.T).sum(1).unsqueeze(0),
     )
+
+
+def _blurred(stats: LayerStats) -> LayerStats:
+    """With what float32 may have rounded off on the diagonal: the difference of two populations has lost as much."""
+    assert stats.comoment is not None
+    lost = ROUNDING * (stats.count * stats.mean.square() + stats.m2)
+    return replace(stats, m2=stats.m2 + lost, comoment=stats.comoment + torch.diag(lost))
 
 
 def _signal(stats: LayerStats) -> LayerStats:

@@ -63,6 +63,20 @@ def oas(covariance: Tensor, rows: int) -> float:
     return min(1.0, ((1 - 2 / width) * squared + trace**2) / excess) if excess > 0 else 1.0
 
 
+def stable(damping: float, *joints: Joint) -> float:
+    """The damping, or the first of ten and a hundred times it at which all moments are positive definite.
+
+    Raises NumericalError.
+    """
+    for factor in (1, 10, 100):
+        if not any(int(torch.linalg.cholesky_ex(_damped(joint, factor * damping)[0]).info) for joint in joints):
+            return factor * damping
+    raise NumericalError(
+        f"closed form: the second moment is not positive definite at damping {damping:g}, nor at {100 * damping:g}; "
+        "raise it"
+    )
+
+
 def ridge(joint: Joint, anchor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(weight [1, out, d], bias [1, out]) of least error, `damping` times the mean diagonal pulling to the anchor.
 
@@ -80,3 +94,11 @@ def ridge(joint: Joint, anchor: Tensor, damping: float) -> tuple[Tensor, Tensor]
         )
     weight = torch.cholesky_solve(joint.xy[0] / joint.count + pull * anchor[0].T, factor).T.unsqueeze(0)
     return weight, joint.y - torch.einsum("god,gd->go", weight, joint.x)
+
+
+def _damped(joint: Joint, damping: float) -> tuple[Tensor, float]:
+    """The second moment with the pull on its diagonal, and the pull."""
+    moment = joint.xx[0] / joint.count
+    mean = float(moment.diagonal().mean())
+    pull = damping * mean if mean > 0 else damping
+    return (moment + moment.T) / 2 + pull * torch.eye(len(moment), dtype=moment.dtype), pull
