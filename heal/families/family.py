@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Kind = Literal["mlp", "inner", "residual", "qk", "v", "heads"]
-"""What a group's channels are: an MLP's hidden units; a convolutional block's inner channels; the residual stream;
-dimensions of queries and keys; of values; whole heads of attention."""
+"""What a group's channels are: an MLP's hidden units; a convolutional block's inner channels; what runs from block to
+block, as the residual stream does; dimensions of queries and keys; of values; whole heads of attention."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HIDDEN: tuple[Kind, ...] = ("mlp", "inner")
@@ -22,7 +22,7 @@ class ChannelGroup:
     producers: modules whose output rows are sliced (Linear, Conv2d).
     followers: modules between that carry one value a channel (BatchNorm, depthwise Conv2d, GRN).
     consumers: modules whose input columns are sliced (Linear, Conv2d).
-    kind: what the channels are.
+    kind: what the channels are. blocks: those of the table's whose outputs carry them, so that states can be compared.
     """
 
     name: str
@@ -30,6 +30,7 @@ class ChannelGroup:
     consumers: tuple[str, ...]
     followers: tuple[str, ...] = ()
     kind: Kind = "inner"
+    blocks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
