@@ -25,8 +25,9 @@ from heal.variances import NEEDS, STATISTICS, Statistic, variances
 class GlobalVariance:
     """Widths from the global ranking of hidden neurons, and of a convolutional block's inner channels, by variance.
 
-    kinds: of the channels that may go: mlp | inner (of convolutional blocks). Every kind is ranked by itself and
-        loses the same share, as the scores of different kinds do not compare.
+    kinds: of the channels that may go: mlp | inner (of convolutional blocks) | residual (from block to block). Every
+        kind is ranked by itself and loses the same share, as the scores of different kinds do not compare. Nor do
+        those of streams of different depth: take scope "layer" for them.
 
     multiple: widths are multiples of this (>= 1; 1 is the paper, 8 suits hardware); the total stays
         exact, so one layer may carry a remainder.
