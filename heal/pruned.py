@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from typing import Literal
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heal import masking, surgery
 from heal.errors import WeightsError
@@ -20,6 +24,14 @@ def apply(model: nn.Module, pruned: Mask | ChannelCut) -> None:
         surgery.cut(model, pruned)
 
 
+def kept(model: nn.Module, pruned: Mask | ChannelCut, of: Literal["blocks", "followers"]) -> dict[str, Tensor]:
+    """Of every such module of the groups that were cut, by the dense model's table, the channels that stay [k]."""
+    if isinstance(pruned, Mask):
+        return {}
+    groups = describe(model).cuttable
+    return {module: keep for name, keep in pruned.keep.items() for module in getattr(groups[name], of)}
+
+
 def describe_cuts(model: nn.Module, pruned: Mask | ChannelCut) -> tuple[str, ...]:
     """One line a layer: "producer -> consumer: kept of all"."""
     if isinstance(pruned, Mask):
@@ -29,7 +41,33 @@ def describe_cuts(model: nn.Module, pruned: Mask | ChannelCut) -> tuple[str, ...
 
 
 def _ends(group: ChannelGroup) -> str:
-    return " -> ".join(" + ".join(ends) for ends in (group.producers, group.consumers) if ends)
+    return " -> ".join(listed(ends) for ends in (group.producers, group.consumers) if ends)
+
+
+def listed(names: Iterable[str]) -> str:
+    """With " + " between; names that differ in one number as a shell writes them, `layer1.{0..5}.conv3`."""
+    runs: list[list[list[str]]] = []
+    for name in names:
+        pieces = re.split(r"(\d+)", name)
+        run = next((run for run in runs if len(run[0]) == len(pieces) and _is_run([*run, pieces])), None)
+        runs += [[pieces]] if run is None else []
+        if run is not None:
+            run.append(pieces)
+    return " + ".join("".join(_numbers(set(column)) for column in zip(*run, strict=True)) for run in runs)
+
+
+def _is_run(names: list[list[str]]) -> bool:
+    """They differ in one piece, and that is a number."""
+    apart = [column for column in zip(*names, strict=True) if len(set(column)) > 1]
+    return len(apart) == 1 and all(piece.isdecimal() for piece in apart[0])
+
+
+def _numbers(pieces: set[str]) -> str:
+    if len(pieces) == 1:
+        return pieces.pop()
+    numbers = sorted(int(piece) for piece in pieces)
+    is_range = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 2
+    return f"{{{numbers[0]}..{numbers[-1]}}}" if is_range else f"{{{','.join(map(str, numbers))}}}"
 
 
 def refuse_broken(model: nn.Module) -> None:

@@ -47,6 +47,7 @@ def _of_batch(model: nn.Module, images: Tensor, consumers: tuple[str, ...]) -> d
     def keep(name: str) -> Any:
         def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            x = x.view_as(x)  # of its own, so that what others that read the same tensor feel is not counted here
             seen.append((name, x))
             return (x, *args[1:])
 

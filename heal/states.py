@@ -17,6 +17,8 @@ from heal.errors import ArchitectureError, ImagesError, NumericalError
 from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array
 from heal.modes import evaluating, listening
+from heal.pruned import kept
+from heal.values import ChannelCut, Mask
 
 EPS = 1e-12
 Layout = Literal["tokens", "maps"]
@@ -34,6 +36,12 @@ def block_outputs(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[dict[st
         yield outputs
 
 
+def chosen(state: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+    """A block's output with the channels `keep` [k] alone; with all of them for None."""
+    axis = -1 if layout == "tokens" else 1
+    return state if keep is None else state.index_select(axis, keep.to(state.device))
+
+
 def rows(state: Tensor, layout: Layout) -> Tensor:
     """A block's output as float32 rows [r, d] whose directions are compared.
 
@@ -47,9 +55,19 @@ def cosine(student: Tensor, teacher_unit: Tensor) -> Tensor:
     return ((student * teacher_unit).sum(-1) / _length(student)).mean()
 
 
-def alignment(student: nn.Module, teacher: nn.Module, images: Images, limit: int = 128) -> dict[str, float]:
-    """Mean cosine per block between student and teacher over the first `limit` images; 1 is perfect."""
-    family = describe(teacher)
+def alignment(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    pruned: Mask | ChannelCut | None = None,
+    limit: int = 128,
+) -> dict[str, float]:
+    """Mean cosine per block between student and teacher over the first `limit` images; 1 is perfect.
+
+    pruned: what was cut: of a state that lost channels those that stay are compared. Raises ArchitectureError where
+    the table does not say which.
+    """
+    family, keep = describe(teacher), kept(teacher, pruned, "blocks") if pruned else {}
     sums, weight = dict.fromkeys(family.blocks, 0.0), 0
     device = next(teacher.parameters()).device
     with (
@@ -62,8 +80,10 @@ def alignment(student: nn.Module, teacher: nn.Module, images: Images, limit: int
         for batch in Replay(images, 32):
             student(batch.to(device)), teacher(batch.to(device))
             for block in family.blocks:
-                unit = _unit(rows(theirs[block], family.states))
-                sums[block] += len(batch) * float(cosine(rows(ours[block], family.states), unit))
+                wanted = chosen(theirs[block], family.states, keep.get(block))
+                _refuse_unlike(block, ours[block], wanted)
+                found, unit = rows(ours[block], family.states), _unit(rows(wanted, family.states))
+                sums[block] += len(batch) * float(cosine(found, unit))
             weight += len(batch)
             if weight >= limit:
                 break
@@ -82,6 +102,7 @@ class Answer:
 class TeacherStates:
     """The teacher's states and logits, computed once a batch; of states float16 unit rows.
 
+    `pruned`: what was cut of the student; states then have the channels that stay.
     Cosines need directions only, so unit rows are kept: float16 then cannot overflow. They stay in
     memory up to `cache_bytes`, on disk (a memory-mapped file) up to `spill_bytes`, and are computed
     again beyond; the values are the same in all three cases.
@@ -94,8 +115,10 @@ class TeacherStates:
         cache_bytes: int,
         spill_bytes: int,
         log: Callable[[str], None],
+        pruned: Mask | ChannelCut | None = None,
     ) -> None:
         self.teacher, self.family, self.replay = teacher, describe(teacher), replay
+        self.kept = kept(teacher, pruned, "blocks") if pruned else {}
         self.cache_bytes, self.spill_bytes, self.log = cache_bytes, spill_bytes, log
         self.buffer: Tensor | None = None
         self.places: dict[tuple[int, str], tuple[int, torch.Size]] = {}
@@ -137,7 +160,9 @@ class TeacherStates:
     def _computed(self, index: int, batch: Tensor) -> Answer:
         with torch.no_grad(), block_outputs(self.teacher, self.family.blocks) as outputs:
             logits = self.teacher(batch)
-        found = {block: rows(outputs[block], self.family.states) for block in self.family.blocks}
+        layout = self.family.states
+        stay = {block: chosen(outputs[block], layout, self.kept.get(block)) for block in self.family.blocks}
+        found = {block: rows(state, layout) for block, state in stay.items()}
         lengths = {block: _length(state) for block, state in found.items()}
         halves = {block: (state / lengths[block].unsqueeze(-1)).half() for block, state in found.items()}
         for block, half in halves.items():
@@ -169,6 +194,14 @@ class TeacherStates:
             self.buffer[self.used : self.used + half.numel()] = half.flatten().cpu()
             self.places[index, block] = (self.used, half.shape)
             self.used += half.numel()
+
+
+def _refuse_unlike(block: str, ours: Tensor, theirs: Tensor) -> None:
+    if ours.shape != theirs.shape:
+        raise ArchitectureError(
+            f"block {block} gives {list(ours.shape)} in the student and {list(theirs.shape)} in the teacher, so states "
+            "cannot be compared; name it in `blocks` of the channel group that was cut (regrow_family)"
+        )
 
 
 def _unit(x: Tensor) -> Tensor:

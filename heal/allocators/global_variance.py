@@ -25,9 +25,10 @@ from heal.variances import NEEDS, STATISTICS, Statistic, of_all_heads, refuse_st
 class GlobalVariance:
     """Widths from the global ranking of hidden neurons, and of a convolutional block's inner channels, by variance.
 
-    kinds: of the channels that may go: mlp | inner (of convolutional blocks) | qk (dimensions of every head's queries
-        and keys) | v (of its values) | heads (not beside qk or v). Every kind is ranked by itself and loses the same
-        share, as the scores of different kinds do not compare.
+    kinds: of the channels that may go: mlp | inner (of convolutional blocks) | residual (from block to block) | qk
+        (dimensions of every head's queries and keys) | v (of its values) | heads (not beside qk or v). Every kind is
+        ranked by itself and loses the same share, as the scores of different kinds do not compare. Nor do those of
+        streams of different depth: take scope "layer" for them.
     multiple: widths are multiples of this (>= 1; 1 is the paper, 8 suits hardware); the total stays
         exact, so one layer may carry a remainder. Heads are counted one by one.
     statistic: "post" ranks by what the consumer sees (the paper), "pre" by the producer's output

@@ -1,8 +1,7 @@
-"""Convolutional networks: ResNet, VGG, and what timm builds from inverted residuals.
+"""Convolutional networks: ResNet, RegNet, VGG, and what timm builds from inverted residuals.
 
-Channel groups lie inside a block: no block's output changes its width, so a cut student's internal
-states still compare with its teacher's. That leaves the residual stream of a ResNet whole, and in
-a VGG the last convolution before every pooling.
+Groups of kind "inner" lie inside a block: no block's output changes its width. Groups of kind "residual" are the
+streams between blocks.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from heal.families.discovery import children, classifier, is_batch_norm, is_depthwise, is_plain, matrices, norms
+from heal.families.channelwise import carries_channels, kind_of, leaves_channels, part, squeeze
+from heal.families.discovery import children, classifier, is_plain, matrices, norms
 from heal.families.family import ChannelGroup, Family
+from heal.families.streams import streams
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,21 @@ class Chain:
 
 
 CHAINS: dict[str, tuple[Chain, ...]] = {
-    "BasicBlock": (Chain("conv1", ("bn1",), "conv2", straight=("aa",)),),
-    "Bottleneck": (Chain("conv1", ("bn1",), "conv2"), Chain("conv2", ("bn2",), "conv3", straight=("aa",))),
-    "InvertedResidual": (Chain("conv_pw", ("bn1", "conv_dw", "bn2"), "conv_pwl", straight=("aa",), squeeze="se"),),
-    "EdgeResidual": (Chain("conv_exp", ("bn1",), "conv_pwl", straight=("aa",), squeeze="se"),),
-    "UniversalInvertedResidual": (
+    "resnet.BasicBlock": (Chain("conv1", ("bn1",), "conv2", straight=("aa",)),),
+    "resnet.Bottleneck": (Chain("conv1", ("bn1",), "conv2"), Chain("conv2", ("bn2",), "conv3", straight=("aa",))),
+    "regnet.Bottleneck": (
+        Chain("conv1.conv", ("conv1.bn",), "conv2.conv", straight=("conv1.aa",)),
+        Chain("conv2.conv", ("conv2.bn",), "conv3.conv", straight=("conv2.aa",), squeeze="se"),
+    ),
+    "regnet.PreBottleneck": (
+        Chain("conv1", ("norm2",), "conv2"),
+        Chain("conv2", ("norm3",), "conv3", squeeze="se"),
+    ),
+    "_efficientnet_blocks.InvertedResidual": (
+        Chain("conv_pw", ("bn1", "conv_dw", "bn2"), "conv_pwl", straight=("aa",), squeeze="se"),
+    ),
+    "_efficientnet_blocks.EdgeResidual": (Chain("conv_exp", ("bn1",), "conv_pwl", straight=("aa",), squeeze="se"),),
+    "_efficientnet_blocks.UniversalInvertedResidual": (
         Chain(
             "pw_exp.conv",
             ("pw_exp.bn", "dw_mid.conv", "dw_mid.bn"),
@@ -48,19 +59,30 @@ CHAINS: dict[str, tuple[Chain, ...]] = {
 
 
 def resnet(model: nn.Module) -> Family:
-    """Layers: every convolution of the residual blocks. Groups: the blocks' inner channels."""
+    """Layers: every convolution of the residual blocks."""
     stages = tuple(name for name, _ in model.named_children() if name.startswith("layer"))
     blocks = tuple(block for stage in stages for block in children(model, stage))
-    table = _family("resnet", model, roots=blocks, blocks=blocks, groups=_inner_groups(model, blocks))
-    skips = tuple(layer for layer in table.layers if ".downsample." in layer)
-    return replace(table, projections=skips)
+    between = streams(model, ("conv1", "bn1", "act1", "maxpool", *blocks, "fc"), blocks)
+    return _with_projections("resnet", model, blocks, (*_inner_groups(model, blocks), *between))
+
+
+def regnet(model: nn.Module) -> Family:
+    """Layers: every convolution of the blocks, and the head's if there is one. Grouped ones are left whole."""
+    stages = tuple(name for name, _ in model.named_children() if name in ("s1", "s2", "s3", "s4"))
+    blocks = tuple(block for stage in stages for block in children(model, stage))
+    has_head = is_plain(part(model, "final_conv.conv"))
+    head = ("final_conv.conv",) if has_head else ("final_conv", "head.fc")
+    groups = (*_inner_groups(model, blocks), *streams(model, ("stem", *blocks, *head), blocks))
+    return _with_projections("regnet", model, (*blocks, "final_conv") if has_head else blocks, groups)
 
 
 def efficientnet(model: nn.Module) -> Family:
     """EfficientNet, MobileNetV2, V3 and relatives; the head's convolution counts as a last block."""
     blocks = tuple(block for stage in children(model, "blocks") for block in children(model, stage))
-    groups = _inner_groups(model, blocks)
-    if not is_plain(getattr(model, "conv_head", None)):
+    has_head = is_plain(part(model, "conv_head"))
+    between = streams(model, ("conv_stem", "bn1", *blocks, "conv_head" if has_head else "classifier"), blocks)
+    groups = (*_inner_groups(model, blocks), *between)
+    if not has_head:
         return _family("efficientnet", model, roots=blocks, blocks=blocks, groups=groups)
     roots, states = (*blocks, "conv_head"), (*blocks, _head_state(model))
     return _family("efficientnet", model, roots=roots, blocks=states, groups=groups)
@@ -71,8 +93,16 @@ def vgg(model: nn.Module) -> Family:
     features = children(model, "features")
     pools = tuple(name for name in features if isinstance(model.get_submodule(name), nn.MaxPool2d))
     head = _group("pre_logits", model.get_submodule("pre_logits"), Chain("fc1", (), "fc2"))
-    groups = _sequential_groups(model, features) + ((head,) if head is not None else ())
+    reader = ("pre_logits.fc1",) if part(model, "pre_logits.fc1") is not None else ()
+    chains = streams(model, (*features, *reader), pools)
+    inner = tuple(replace(group, kind="inner") for group in chains if not group.blocks)
+    groups = (*inner, *((head,) if head is not None else ()), *(group for group in chains if group.blocks))
     return _family("vgg", model, roots=(*features[1:], "pre_logits"), blocks=(*pools, "pre_logits"), groups=groups)
+
+
+def _with_projections(name: str, model: nn.Module, blocks: tuple[str, ...], groups: tuple[ChannelGroup, ...]) -> Family:
+    table = _family(name, model, roots=blocks, blocks=blocks, groups=groups)
+    return replace(table, projections=tuple(layer for layer in table.layers if ".downsample." in f"{layer}."))
 
 
 def _family(
@@ -90,7 +120,7 @@ def _family(
 
 def _head_state(model: nn.Module) -> str:
     """What holds the head convolution's output after its activation; before, an in-place one overwrites it."""
-    last = [name for name in ("bn2", "norm_head", "act2") if not _leaves_channels(getattr(model, name, None))]
+    last = [name for name in ("bn2", "norm_head", "act2") if not leaves_channels(part(model, name))]
     return last[-1] if last else "conv_head"
 
 
@@ -98,8 +128,7 @@ def _inner_groups(model: nn.Module, blocks: tuple[str, ...]) -> tuple[ChannelGro
     groups = []
     for name in blocks:
         block = model.get_submodule(name)
-        known = type(block).__module__.startswith("timm.")
-        for chain in CHAINS.get(type(block).__name__, ()) if known else ():
+        for chain in CHAINS.get(kind_of(block), ()):
             group = _group(name, block, chain)
             groups += [group] if group is not None else []
     return tuple(groups)
@@ -107,55 +136,14 @@ def _inner_groups(model: nn.Module, blocks: tuple[str, ...]) -> tuple[ChannelGro
 
 def _group(name: str, block: nn.Module, chain: Chain) -> ChannelGroup | None:
     """The chain's group in this block, or None where something in it mixes channels."""
-    followers = [follower for follower in chain.followers if not _leaves_channels(_part(block, follower))]
-    carries = all(_carries_channels(_part(block, follower)) for follower in followers)
-    straight = all(_leaves_channels(_part(block, part)) for part in chain.straight)
-    ends = is_plain(_part(block, chain.producer)) and is_plain(_part(block, chain.consumer))
-    squeeze = _squeeze(block, chain.squeeze)
-    if not (carries and straight and ends) or squeeze is None:
+    followers = [follower for follower in chain.followers if not leaves_channels(part(block, follower))]
+    carries = all(carries_channels(part(block, follower)) for follower in followers)
+    straight = all(leaves_channels(part(block, path)) for path in chain.straight)
+    ends = is_plain(part(block, chain.producer)) and is_plain(part(block, chain.consumer))
+    gate = squeeze(block, chain.squeeze)
+    if not (carries and straight and ends) or gate is None:
         return None
-    reduce, expand = squeeze
-    producers = tuple(f"{name}.{part}" for part in (chain.producer, *expand))
-    consumers = tuple(f"{name}.{part}" for part in (*reduce, chain.consumer))
-    return ChannelGroup(producers[0], producers, consumers, tuple(f"{name}.{part}" for part in followers))
-
-
-def _squeeze(block: nn.Module, path: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Squeeze-and-excitation reads all channels and writes a gate for each: (consumers, producers)."""
-    module = _part(block, path) if path else None
-    if _leaves_channels(module):
-        return (), ()
-    known = type(module).__name__ == "SqueezeExcite" and is_plain(_part(module, "conv_reduce"))
-    return ((f"{path}.conv_reduce",), (f"{path}.conv_expand",)) if known else None
-
-
-def _sequential_groups(model: nn.Module, names: tuple[str, ...]) -> tuple[ChannelGroup, ...]:
-    """Convolution after convolution, with norms and activations between; a pooling ends a block."""
-    groups: list[ChannelGroup] = []
-    producer, followers = "", tuple[str, ...]()
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Conv2d):
-            if producer and is_plain(module):
-                groups.append(ChannelGroup(producer, (producer,), (name,), followers))
-            producer, followers = (name if is_plain(module) else ""), ()
-        elif is_batch_norm(module):
-            followers = (*followers, name)
-        elif isinstance(module, nn.MaxPool2d) or any(True for _ in module.parameters()):
-            producer = ""
-    return tuple(groups)
-
-
-def _part(module: nn.Module | None, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-def _carries_channels(module: nn.Module | None) -> bool:
-    return is_batch_norm(module) or is_depthwise(module)
-
-
-def _leaves_channels(module: nn.Module | None) -> bool:
-    empty = isinstance(module, nn.Sequential) and len(module) == 0
-    return module is None or empty or isinstance(module, (nn.Identity, nn.AvgPool2d))
+    reduce, expand = gate
+    producers = tuple(f"{name}.{path}" for path in (chain.producer, *expand))
+    consumers = tuple(f"{name}.{path}" for path in (*reduce, chain.consumer))
+    return ChannelGroup(producers[0], producers, consumers, tuple(f"{name}.{path}" for path in followers))

@@ -10,8 +10,8 @@ from heal.errors import ArchitectureError
 from heal.families.heads import PARTS
 
 Kind = Literal["mlp", "inner", "residual", "qk", "v", "heads"]
-"""What a group's channels are: an MLP's hidden units; a convolutional block's inner channels; the residual stream;
-dimensions of queries and keys; of values; whole heads of attention."""
+"""What a group's channels are: an MLP's hidden units; a convolutional block's inner channels; what runs from block to
+block, as the residual stream does; dimensions of queries and keys; of values; whole heads of attention."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HIDDEN: tuple[Kind, ...] = ("mlp", "inner")
@@ -30,6 +30,7 @@ class ChannelGroup:
     kind: what the channels are.
     attention: the attention whose heads hold them, "" elsewhere: a channel of kind "qk" or "v" is one dimension of
         every head, one of kind "heads" a whole head. `attention_groups` makes these. Else raises ArchitectureError.
+    blocks: those of the table's whose outputs carry them, so that states can be compared.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ChannelGroup:
     followers: tuple[str, ...] = ()
     kind: Kind = "inner"
     attention: str = ""
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind in ATTENTION and self.producers != _producers(self.attention, self.kind):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from heal.errors import ArchitectureError
-from heal.families.cnn import efficientnet, resnet, vgg
+from heal.families.cnn import efficientnet, regnet, resnet, vgg
 from heal.families.convnext import convnext
 from heal.families.family import Family
 from heal.families.generic import generic
@@ -21,6 +21,7 @@ FAMILIES: dict[str, Callable[[nn.Module], Family]] = {
     "swin": swin,
     "convnext": convnext,
     "resnet": resnet,
+    "regnet": regnet,
     "vgg": vgg,
     "efficientnet": efficientnet,
     "generic": generic,
@@ -32,6 +33,7 @@ CLASSES: dict[str, str] = {  # timm's class to its family; subclasses are of the
     "SwinTransformerV2": "swin",
     "ConvNeXt": "convnext",
     "ResNet": "resnet",
+    "RegNet": "regnet",
     "VGG": "vgg",
     "EfficientNet": "efficientnet",
     "MobileNetV3": "efficientnet",
@@ -89,4 +91,4 @@ def _checked(family: Family, model: nn.Module) -> Family:
 def _names(family: Family) -> Iterator[str]:
     yield from (*family.layers, *family.blocks, *family.norms, *family.classifier, *family.projections)
     for group in family.cuttable.values():
-        yield from (*group.modules, *group.followers, *group.consumers)
+        yield from (*group.modules, *group.followers, *group.consumers, *group.blocks)

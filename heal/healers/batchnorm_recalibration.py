@@ -58,4 +58,4 @@ class BatchnormRecalibration:
             used = batchnorm.reestimate(student, images, *args, context.report)
             return f"{used} images in batches of {self.batch_size}"
 
-        return reported(self, student, teacher, images, repair)
+        return reported(self, student, teacher, images, repair, context.pruned)

@@ -22,6 +22,7 @@ from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.progress import quiet
+from heal.pruned import kept
 from heal.states import alignment
 from heal.training import Schedule, Step, Training, fit
 
@@ -52,17 +53,18 @@ class Blockwise:
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Train the student's blocks in place, in their order. The report's losses are block after block."""
         began = time.perf_counter()
-        before = alignment(student, teacher, images)
+        before = alignment(student, teacher, images, context.pruned)
         batches, losses = numbered(images, self.batch_size), list[float]()
-        blocks = describe(teacher).blocks
+        family, stay = describe(teacher), kept(teacher, context.pruned, "blocks")
         with evaluating(student), evaluating(teacher):
-            for done, block in enumerate(blocks, start=1):
+            for done, block in enumerate(family.blocks, start=1):
                 drawn = generator(context.seed, f"blockwise batches of {block}")
                 numbers = torch.randint(len(batches), (self.steps,), generator=drawn).tolist()
-                pairs = Drawn(Site(block, student, teacher, "pruned"), batches, numbers, context.cache_bytes)
+                site = Site(block, student, teacher, "pruned", stay.get(block), family.states)
+                pairs = Drawn(site, batches, numbers, context.cache_bytes)
                 losses += self._fit(student, block, pairs, context)
-                context.report("blockwise", done, len(blocks))
-        after = alignment(student, teacher, images)
+                context.report("blockwise", done, len(family.blocks))
+        after = alignment(student, teacher, images, context.pruned)
         return HealingReport("blockwise", asdict(self), tuple(losses), before, after, time.perf_counter() - began)
 
     def _fit(self, student: nn.Module, block: str, pairs: Drawn, context: HealContext) -> tuple[float, ...]:

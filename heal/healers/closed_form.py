@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -74,7 +75,8 @@ class ClosedForm:
 
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Write the solved weights and biases into the student's consumers; the notes name those that stay."""
-        return reported(self, student, teacher, images, lambda: self._repair(student, teacher, images, context))
+        repair = partial(self._repair, student, teacher, images, context)
+        return reported(self, student, teacher, images, repair, context.pruned)
 
     def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> tuple[str, ...]:
         if not isinstance(context.pruned, ChannelCut):

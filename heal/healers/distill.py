@@ -58,7 +58,7 @@ class Distill:
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Train all parameters of the student in place; masks stay."""
         began = time.perf_counter()
-        before = alignment(student, teacher, images)
+        before = alignment(student, teacher, images, context.pruned)
         device, trainable = next(student.parameters()).device, dict(student.named_parameters())
         order = shuffled(images.shape[0], context.seed, "distill order") if is_array(images) else None
         replay = Replay(images, self.batch_size, order)
@@ -72,5 +72,5 @@ class Distill:
         masks = Fixed.of(context.pruned, trainable)
         with evaluating(teacher):
             losses = fit(student, Training("distill", lambda _: replay, loss, trainable, self.schedule, masks), context)
-        after = alignment(student, teacher, images)
+        after = alignment(student, teacher, images, context.pruned)
         return HealingReport("distill", asdict(self), losses, before, after, time.perf_counter() - began)

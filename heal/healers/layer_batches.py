@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from heal.images import Images, Replay
 from heal.modes import Listener, listening
+from heal.states import Layout, chosen
 
 Pair = tuple[Tensor, Tensor]
 """A layer's input and the output that is wanted of it, as the layer takes and gives them."""
@@ -22,12 +23,17 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """One layer in both networks, which are in eval mode. inputs: whose input the layer is tuned on."""
+    """One layer in both networks, which are in eval mode. inputs: whose input the layer is tuned on.
+
+    stay: the channels of its output that the student still has, all for None; layout: where the output has them.
+    """
 
     layer: str
     student: nn.Module
     teacher: nn.Module
     inputs: Literal["dense", "pruned"]
+    stay: Tensor | None = None
+    layout: Layout = "maps"
 
     def pair(self, images: Tensor) -> Pair:
         """What enters the layer, of the teacher or of the student as it is now, and what the teacher's layer gives."""
@@ -35,7 +41,7 @@ class Site:
         entered, left = _seen(self.teacher, images, f"{self.layer}.input", f"{self.layer}.output")
         if self.inputs == "pruned":
             (entered,) = _seen(self.student, images, f"{self.layer}.input")
-        return entered, left
+        return entered, chosen(left, self.layout, self.stay)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class MeanFolding:
 
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Write the consumers' biases; one that has none gets one."""
-        return reported(self, student, teacher, images, lambda: _fold(student, teacher, context))
+        return reported(self, student, teacher, images, lambda: _fold(student, teacher, context), context.pruned)
 
 
 def _fold(student: nn.Module, teacher: nn.Module, context: HealContext) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from heal.images import Images
 from heal.method import HealingReport, name_of
 from heal.states import alignment
+from heal.values import ChannelCut, Mask
 
 
 def reported(
@@ -20,12 +21,13 @@ def reported(
     teacher: nn.Module,
     images: Images,
     repair: Callable[[], str | tuple[str, ...] | None],
+    pruned: Mask | ChannelCut | None = None,
 ) -> HealingReport:
-    """Run `repair`, which may give a note or several, and report what it did to the student."""
+    """Run `repair`, which may give a note or several, and report what it did to the student. pruned: what was cut."""
     began = time.perf_counter()
-    before = alignment(student, teacher, images)
+    before = alignment(student, teacher, images, pruned)
     said = repair()
     notes = said if isinstance(said, tuple) else () if said is None else (said,)
-    after = alignment(student, teacher, images)
+    after = alignment(student, teacher, images, pruned)
     seconds = time.perf_counter() - began
     return HealingReport(name_of(method), asdict(method), (), before, after, seconds, notes)

@@ -84,13 +84,13 @@ class Starfish:
         log(f"precision: {schedule.precision} on {device.type}")
         order = shuffled(images.shape[0], context.seed, "healing order") if is_array(images) else None
         replay = Replay(images, self.batch_size, order)
-        before = alignment(student, teacher, images)
-        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, log)
+        before = alignment(student, teacher, images, context.pruned)
+        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, log, context.pruned)
         try:
             losses = self._train(student, teacher, replay, states, schedule, context)
         finally:
             states.close()
-        after = alignment(student, teacher, images)
+        after = alignment(student, teacher, images, context.pruned)
         return HealingReport("starfish", asdict(self), losses, before, after, time.perf_counter() - began, tuple(notes))
 
     def _train(

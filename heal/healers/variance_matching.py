@@ -27,7 +27,8 @@ from heal.healers.reporting import reported
 from heal.images import Images, first
 from heal.method import HealContext, HealingReport, name_of
 from heal.modes import evaluating, listening
-from heal.values import ChannelCut, LayerStats, Mask
+from heal.pruned import kept
+from heal.values import LayerStats
 from heal.wiring import trace
 
 
@@ -49,7 +50,8 @@ class VarianceMatching:
 
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Rewrite the affine parameters of the student's norms in place."""
-        return reported(self, student, teacher, images, lambda: self._repair(student, teacher, images, context))
+        repair = partial(self._repair, student, teacher, images, context)
+        return reported(self, student, teacher, images, repair, context.pruned)
 
     def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> str | None:
         batches = first(images, self.images, BATCH)
@@ -57,11 +59,11 @@ class VarianceMatching:
         norms = _affine(teacher, batches[0][:1])
         sites = [name for name, is_affine in norms.items() if is_affine]
         order = trace(teacher, [*sites, *scales], batches[0][:1]).order
-        kept = _kept(teacher, context.pruned)
+        stays = kept(teacher, context.pruned, "followers")
 
         def correct(tap: str, dense: LayerStats, pruned: LayerStats) -> None:
             name = tap.rpartition(".")[0]
-            stay = kept.get(name, slice(None))
+            stay = stays.get(name, slice(None))
             mean, deviation = _output(teacher.get_submodule(name), dense)
             module = student.get_submodule(name)
             _match(module, mean[stay], deviation[stay], *_output(module, pruned))
@@ -79,14 +81,6 @@ def _tap(model: nn.Module, name: str) -> str:
 def _is_known(norm: nn.Module) -> bool:
     """Whether its output is a function of its input's channel alone: a BatchNorm with running statistics."""
     return is_batch_norm(norm) and norm.running_mean is not None
-
-
-def _kept(model: nn.Module, pruned: Mask | ChannelCut) -> dict[str, Tensor]:
-    """The channels that stay of every norm that lost some."""
-    if isinstance(pruned, Mask):
-        return {}
-    groups = describe(model).cuttable
-    return {follower: keep for name, keep in pruned.keep.items() for follower in groups[name].followers}
 
 
 def _output(module: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor]:

@@ -190,12 +190,14 @@ def test_an_unknown_kind_of_channels_is_refused() -> None:
         check(nets.build("vit"), Budget(neurons=0.5), GlobalVariance(kinds=("inner",)), Variance(), [])
 
 
-def test_variance_matching_looks_at_the_channels_that_stay() -> None:
+@pytest.mark.parametrize("kinds", [HIDDEN, ("residual",)])
+def test_variance_matching_looks_at_the_channels_that_stay(kinds: tuple[str, ...]) -> None:
     """What the norms behind cut channels give has the dense mean and variance, channel by channel."""
     model, images = nets.build("bottleneck"), nets.images(16, size=64)
-    result = heal.recompress(model, images, Budget(neurons=0.5), healers=["variance_matching"])
+    allocator = GlobalVariance(kinds=kinds)
+    result = heal.recompress(model, images, Budget(neurons=0.5), allocator, healers=["variance_matching"])
     assert isinstance(result.pruned, ChannelCut)
-    for name, group in describe(model).cuttable.items():
+    for name, group in describe(model).groups_of(kinds).items():
         keep = result.pruned.keep[name]
         for norm in group.followers:
             dense, found = (_normed(net, images, norm) for net in (model, result.model))

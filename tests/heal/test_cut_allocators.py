@@ -60,15 +60,21 @@ def test_macs_are_saved_by_what_the_allocator_removes() -> None:
         check(model, Budget(macs=0.2), GlobalVariance(), Magnitude(), [])
 
 
-@pytest.mark.parametrize("name", ["vit", "bottleneck", "mobilenetv3", "swin"])
-def test_saliency_is_what_snip_sums_over_a_units_weights(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        *((name, HIDDEN) for name in ("vit", "bottleneck", "mobilenetv3", "swin")),
+        *((name, ("residual",)) for name in ("resnet", "bottleneck", "mobilenetv3")),
+    ],
+)
+def test_saliency_is_what_snip_sums_over_a_units_weights(name: str, kinds: tuple[str, ...]) -> None:
     """|sum of w dL/dw| over the weights that read a channel, by autograd on the parameters, batch after batch."""
     model, images = nets.build(name), nets.images(6)
-    allocator = Snip()
+    allocator = Snip(kinds=kinds)
     statistics = capture(model, images, taps(model, [allocator]), batch_size=4)
     logits = model(images)
     F.cross_entropy(logits, logits.argmax(-1)).backward()
-    for group in pool(model, HIDDEN).values():
+    for group in pool(model, kinds).values():
         expected = torch.zeros(0)
         for consumer in group.consumers:
             weight = model.get_parameter(f"{consumer}.weight")
@@ -109,7 +115,7 @@ def test_mean_folding_is_what_the_cut_folds_and_twice_is_as_good_as_once(name: s
     apply(expected, folded)
     for _ in range(2):
         healer.heal(student, model, images, HealContext(statistics=statistics, pruned=cut))
-        for group in describe(model).cuttable.values():
+        for group in describe(model).groups_of(HIDDEN).values():
             for consumer in group.consumers:
                 found, wanted = (net.get_submodule(consumer).get_parameter("bias") for net in (student, expected))
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from heal.channels import pool
 from heal.compat import timm
 from heal.errors import ArchitectureError
-from heal.families.family import ChannelGroup, Family, MlpPair
+from heal.families.family import HIDDEN, ChannelGroup, Family, MlpPair
 from heal.families.lookup import CLASSES, FAMILIES, cuttable_or_raise, describe
 from tests.heal.nets import NETS, build, images
 
@@ -33,27 +33,28 @@ def outputs_of(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, T
 
 
 @pytest.mark.parametrize(
-    ("net", "family", "layers", "blocks", "pairs", "groups"),
+    ("net", "family", "layers", "blocks", "pairs", "inner", "residual"),
     [
-        ("vit", "vit", 12, 3, 3, 9),
-        ("deit", "vit", 12, 3, 3, 9),
-        ("swin", "swin", 17, 4, 4, 0),
-        ("swinv2", "swin", 13, 4, 4, 0),
-        ("convnext", "convnext", 13, 5, 5, 0),
-        ("resnet", "resnet", 14, 5, 0, 5),
-        ("bottleneck", "resnet", 19, 5, 0, 10),
-        ("vgg", "vgg", 6, 3, 0, 4),
-        ("mobilenetv2", "efficientnet", 34, 18, 0, 16),
-        ("mobilenetv3", "efficientnet", 41, 13, 0, 10),
-        ("efficientnet", "efficientnet", 40, 11, 0, 9),
+        ("vit", "vit", 12, 3, 3, 0, 0),
+        ("deit", "vit", 12, 3, 3, 0, 0),
+        ("swin", "swin", 17, 4, 4, 0, 0),
+        ("swinv2", "swin", 13, 4, 4, 0, 0),
+        ("convnext", "convnext", 13, 5, 5, 0, 0),
+        ("resnet", "resnet", 14, 5, 0, 5, 5),
+        ("bottleneck", "resnet", 19, 5, 0, 10, 5),
+        ("vgg", "vgg", 6, 3, 0, 4, 2),
+        ("mobilenetv2", "efficientnet", 34, 18, 0, 16, 8),
+        ("mobilenetv3", "efficientnet", 41, 13, 0, 10, 6),
+        ("efficientnet", "efficientnet", 40, 11, 0, 9, 8),
     ],
 )
 def test_the_table_has_what_the_network_has(
-    net: str, family: str, layers: int, blocks: int, pairs: int, groups: int
+    net: str, family: str, layers: int, blocks: int, pairs: int, inner: int, residual: int
 ) -> None:
     table = describe(build(net))
-    sizes = (len(table.layers), len(table.blocks), len(table.pairs), len(table.groups))
-    assert (table.name, *sizes) == (family, layers, blocks, pairs, groups)
+    kinds = [len(table.groups_of((kind,))) for kind in ("inner", "residual")]
+    sizes = (len(table.layers), len(table.blocks), len(table.pairs), *kinds)
+    assert (table.name, *sizes) == (family, layers, blocks, pairs, inner, residual)
 
 
 @nets
@@ -68,6 +69,7 @@ def test_every_name_is_a_module_and_none_comes_twice(net: str) -> None:
         assert name == group.name
         assert name == group.producers[0] or group.kind == "heads"
         assert {*group.modules, *group.followers, *group.consumers} <= modules.keys()
+        assert set(group.blocks) <= set(table.blocks)
 
 
 @nets
@@ -175,39 +177,45 @@ def _on_meta(name: str, **kwargs: object) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "blocks", "cuttable"),
+    ("name", "family", "blocks", "hidden", "residual"),
     [
-        ("vit_tiny_patch16_224", "vit", 12, 48),
-        ("deit_base_distilled_patch16_224", "vit", 12, 48),
-        ("deit3_small_patch16_224", "vit", 12, 48),
-        ("vit_small_patch14_reg4_dinov2", "vit", 12, 48),
-        ("swin_tiny_patch4_window7_224", "swin", 12, 12),
-        ("swinv2_tiny_window8_256", "swin", 12, 12),
-        ("convnext_tiny", "convnext", 18, 18),
-        ("resnet18", "resnet", 8, 8),
-        ("resnet50", "resnet", 16, 32),
-        ("seresnet50", "resnet", 16, 32),
-        ("vgg16", "vgg", 6, 9),
-        ("vgg16_bn", "vgg", 6, 9),
-        ("mobilenetv2_100", "efficientnet", 18, 16),
-        ("mobilenetv3_large_100", "efficientnet", 17, 14),
-        ("mobilenetv4_conv_small", "efficientnet", 18, 12),
-        ("efficientnet_b0", "efficientnet", 17, 15),
-        ("tf_efficientnet_lite0", "efficientnet", 17, 15),
-        ("efficientnetv2_rw_t", "efficientnet", 40, 37),
+        ("vit_tiny_patch16_224", "vit", 12, 12, 0),
+        ("deit_base_distilled_patch16_224", "vit", 12, 12, 0),
+        ("deit3_small_patch16_224", "vit", 12, 12, 0),
+        ("vit_small_patch14_reg4_dinov2", "vit", 12, 12, 0),
+        ("swin_tiny_patch4_window7_224", "swin", 12, 12, 0),
+        ("swinv2_tiny_window8_256", "swin", 12, 12, 0),
+        ("convnext_tiny", "convnext", 18, 18, 0),
+        ("resnet18", "resnet", 8, 8, 4),
+        ("resnet50", "resnet", 16, 32, 5),
+        ("seresnet50", "resnet", 16, 32, 5),
+        ("regnetx_002", "regnet", 13, 0, 5),
+        ("regnety_008", "regnet", 14, 0, 5),
+        ("regnetv_040", "regnet", 22, 0, 5),
+        ("mobilenetv1_100", "efficientnet", 13, 0, 14),
+        ("resnext50_32x4d", "resnet", 16, 0, 5),
+        ("vgg16", "vgg", 6, 9, 5),
+        ("vgg16_bn", "vgg", 6, 9, 5),
+        ("mobilenetv2_100", "efficientnet", 18, 16, 8),
+        ("mobilenetv3_large_100", "efficientnet", 17, 14, 7),
+        ("mobilenetv4_conv_small", "efficientnet", 18, 12, 8),
+        ("efficientnet_b0", "efficientnet", 17, 15, 8),
+        ("tf_efficientnet_lite0", "efficientnet", 17, 15, 8),
+        ("efficientnetv2_rw_t", "efficientnet", 40, 37, 6),
     ],
 )
-def test_published_networks_have_a_family(name: str, family: str, blocks: int, cuttable: int) -> None:
+def test_published_networks_have_a_family(name: str, family: str, blocks: int, hidden: int, residual: int) -> None:
     table = describe(_on_meta(name))
-    assert (table.name, len(table.blocks), len(table.cuttable)) == (family, blocks, cuttable)
+    cuttable = [len(table.groups_of(kinds)) for kinds in (HIDDEN, ("residual",))]
+    assert (table.name, len(table.blocks), *cuttable) == (family, blocks, hidden, residual)
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "convnextv2_atto",  # its MLP normalises the hidden layer (GRN)
-        "resnext50_32x4d",  # its convolutions are grouped
-        "mobilenetv1_100",  # its blocks have no inner channels
+        "regnety_040_sgn",  # its norms mix channels, and its convolutions are grouped
+        "mixnet_s",  # its convolutions are several of different sizes
     ],
 )
 def test_what_mixes_channels_has_no_group(name: str) -> None:
@@ -229,7 +237,7 @@ def test_a_normalised_mlp_is_no_pair() -> None:
 
 
 def test_anti_aliasing_excludes_the_channels_before_it() -> None:
-    plain, blurred = (describe(_on_meta(name)).cuttable for name in ("resnet50", "resnetblur50"))
+    plain, blurred = (describe(_on_meta(name)).groups_of(HIDDEN) for name in ("resnet50", "resnetblur50"))
     assert plain.keys() - blurred.keys() == {"layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"}
 
 

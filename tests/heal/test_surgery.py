@@ -19,7 +19,7 @@ from tests.heal.nets import CLASSES, NETS, build, images
 
 nets = pytest.mark.parametrize("net", NETS)
 TOGETHER = tuple(kind for kind in KINDS if kind != "heads")  # what can be cut at once
-ratios = pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+ratios = pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])  # with less, ReLUs may leave nothing of a stream
 FREE_SIZE = ("convnext", "resnet", "bottleneck", "vgg", "mobilenetv2", "mobilenetv3", "efficientnet")
 
 
@@ -120,9 +120,9 @@ def test_a_cut_model_can_be_cut_again(net: str) -> None:
 
 @nets
 def test_sliced_equals_masked_at_every_batch_size(net: str) -> None:
-    sliced, masked = twins(build(net), 0.5)
+    sliced, masked = twins(build(net).double(), 0.5)
     for count in (1, 5):
-        assert_equal_to(sliced, masked, images(count, seed=count))
+        assert_equal_to(sliced, masked, images(count, seed=count).double())
 
 
 @pytest.mark.parametrize("net", FREE_SIZE)
@@ -192,9 +192,11 @@ def test_what_stays_are_the_chosen_channels_of_the_dense_model(net: str) -> None
 
 
 @nets
-def test_no_blocks_output_changes_its_shape(net: str) -> None:
+def test_cut_hidden_channels_change_the_shape_of_no_blocks_output(net: str) -> None:
     model = build(net)
-    sliced, _ = twins(model, 0.5)
+    sliced, hidden = copy.deepcopy(model), describe(model).groups_of(HIDDEN)
+    whole = random_cut(model, 0.5, updates=False)
+    surgery.cut(sliced, ChannelCut({g: whole.keep[g] for g in hidden}, {g: whole.total[g] for g in hidden}))
     assert _state_shapes(model) == _state_shapes(sliced)
 
 
