@@ -137,9 +137,10 @@ def _missing_alias(workplace: Workplace) -> tuple[str, ...]:
     return ("no registry", "REGROW_HOME")
 
 
-def _no_table(workplace: Workplace) -> tuple[str, ...]:
+def _no_such_channels(workplace: Workplace) -> tuple[str, ...]:
     bundle.save(nets.build("resnet"), workplace.folder / "dense", metadata={"preprocessing": _preprocessing()})
-    return ("resnet", "neurons", "weights")
+    _edit(workplace, "{multiple: 8}", "{kinds: [qk]}")
+    return ("ResNet", "no channels of kind qk", "it has inner, residual")
 
 
 def _budget_that_cannot_be_met(workplace: Workplace) -> tuple[str, ...]:
@@ -221,7 +222,7 @@ MISTAKES = [
     _nan_weights,
     _tampered_bundle,
     _missing_alias,
-    _no_table,
+    _no_such_channels,
     _budget_that_cannot_be_met,
     _methods_that_do_not_go_together,
     _a_repair_of_norms_that_are_not_there,

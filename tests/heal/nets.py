@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +46,10 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "efficientnet": _timm("tinynet_e"),
 }
 """By name; the first five have MLP pairs."""
+
+KIN = ("deit", "swinv2", "bottleneck", "efficientnet")
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in KIN else name for name in NETS]
+"""For long tests: of each family one network, and its kin only where slow tests run."""
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

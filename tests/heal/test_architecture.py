@@ -78,7 +78,10 @@ def test_settings_are_read_off_the_model(case: str, is_recorded: bool) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
-    "heads": (lambda model: setattr(model.blocks[0].attn, "num_heads", 2), "num_heads = 2, not 4"),
+    "heads": (
+        lambda model: setattr(model.blocks[0].attn, "num_heads", 2),
+        r"proj.weight is \[32, 32\]",
+    ),
     "block": (lambda model: setattr(model, "blocks", model.blocks[:2]), "absent"),
     "width": (lambda model: setattr(model.blocks[0].mlp, "fc1", nn.Linear(32, 200)), r"\[200\], not \[128\]"),
     "activation": (lambda model: setattr(model.blocks[0].mlp, "act", nn.ReLU()), "is a ReLU, not a GELU"),

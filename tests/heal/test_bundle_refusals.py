@@ -97,7 +97,7 @@ CLAIMS: dict[str, tuple[Mapping[str, Any], str]] = {
     "absolute": ({"files": {"/etc/passwd": "0" * 64}}, "not one that a bundle has"),
     "wider": ({"channels": {"blocks.0.mlp.fc1": 4096}}, "cannot be given 4096"),
     "another group": ({"channels": {"blocks.9.mlp.fc1": 4}}, "no channel group"),
-    "uncut": ({"channels": {}}, r"its architecture and channels make it float32 \[128\]"),
+    "uncut": ({"channels": {}}, r"its architecture and channels make it float32 \[32, 32\]"),
     "bias": ({"biases": ["blocks.0.mlp.fc1"]}, "cannot be given one"),
     "name": ({"architecture": {"source": "timm", "name": "local-dir:/tmp", "kwargs": {}}}, "timm has no model"),
     "kwarg": (

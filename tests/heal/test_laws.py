@@ -29,7 +29,7 @@ SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1}
 
 
 @pytest.mark.parametrize("healer", HEALERS)
-@pytest.mark.parametrize("net", nets.NETS)
+@pytest.mark.parametrize("net", nets.EVERY)
 def test_the_laws_hold(net: str, healer: str) -> None:
     dense, images = nets.build(net), nets.images(4)
     before = _state(dense)
@@ -101,7 +101,7 @@ def _hooks(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize("net", nets.NETS)
+@pytest.mark.parametrize("net", nets.EVERY)
 def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
     dense, images = nets.build(net), nets.images(8)
     before = _state(dense)
