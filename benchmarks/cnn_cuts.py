@@ -62,7 +62,7 @@ PRUNERS = {name: pruner for name, (_, pruner) in RANKINGS.items()}
 
 def main() -> None:
     """Run the points that the table lacks."""
-    methods = Methods(ALLOCATIONS, REPAIRS, batch_size=32, measured=256, pruners=PRUNERS)
+    methods = Methods(ALLOCATIONS, REPAIRS, batch_size=32, measured=1024, pruners=PRUNERS)
     asked = options(__doc__.partition("\n")[0], NETS, (0.2, 0.3, 0.5), methods, FREE).parse_args()
     torch.set_num_threads(asked.threads)
     table = table_of(HERE / "cnn_cuts.csv", ALLOCATIONS, REPAIRS, SUBSETS)

@@ -153,7 +153,7 @@ class Cross:
     def _repaired(self, repair: Repair, pruned: Mask | ChannelCut) -> nn.Module:
         student = copy.deepcopy(self.dense)
         apply(student, pruned)
-        reads = any(healer.needs & {"moments", "second_moment"} for healer in repair.healers)
+        reads = any(taps(self.dense, [healer]) for healer in repair.healers)
         context = HealContext(pruned=pruned, seed=self.seed, statistics=self.statistics if reads else {})
         for healer in repair.healers:
             report = healer.heal(student, self.dense, self.images.views[repair.views], context)

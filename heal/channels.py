@@ -46,15 +46,15 @@ def pool(model: nn.Module, kinds: Iterable[str]) -> dict[str, ChannelGroup]:
         present = sorted({group.kind for group in family.cuttable.values()})
         raise ArchitectureError(
             f"{type(model).__name__} (family {family.name}) has no channels of kind {' or '.join(kinds)}; "
-            f"it has {', '.join(present)}"
+            f"it has {', '.join(present)}: set `kinds` to some of these"
         )
     return chosen
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Every output position reads one input position: a channel's mean passes it as a constant."""
+    """Every output position reads one input position, and all are read: a channel's mean passes as a constant."""
     return not isinstance(module, nn.Conv2d) or (
-        module.kernel_size == (1, 1) and module.padding in ((0, 0), 0, "valid")
+        module.kernel_size == module.stride == (1, 1) and module.padding in ((0, 0), 0, "valid")
     )
 
 
@@ -70,7 +70,7 @@ def second_moment(statistics: Mapping[str, LayerStats], model: nn.Module, consum
         return statistics[tap]
     both = merge(statistics[f"{tap}/0"], statistics[f"{tap}/1"])
     assert both.comoment is not None
-    return LayerStats(both.count, both.mean, both.m2, both.comoment[0])
+    return LayerStats(both.count, both.mean, both.m2, both.comoment[0], both.images)
 
 
 def consumed(model: nn.Module, group: ChannelGroup, keep: Tensor) -> Tensor:

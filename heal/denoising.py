@@ -26,6 +26,8 @@ def denoised(stats: LayerStats) -> Tensor:
     values, vectors = torch.linalg.eigh((stats.covariance + stats.covariance.T) / 2)
     beta = len(values) / stats.images
     positive = values[values > values[-1] * 1e-12]
+    if not len(positive):
+        return torch.zeros_like(stats.covariance)
     noise = float(_lower_median(positive)) / median(beta)
     kept = values > noise * (1 + math.sqrt(beta)) ** 2
     signal: Tensor = (vectors[:, kept] * values[kept]) @ vectors[:, kept].T

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from heal.errors import MethodError
 
-STAND_ON_DENSE_STATISTICS = frozenset({"signal_resuscitation", "layerwise_variance", "bias_correction"})
+STAND_ON_DENSE_STATISTICS = frozenset({"signal_resuscitation", "layerwise_variance", "bias_correction", "mean_folding"})
 """Healers that bring a layer's output back to what the dense BatchNorm after it expects."""
 
 MOVE_STATISTICS = frozenset(
@@ -29,6 +29,11 @@ def refuse_order(healers: Sequence[str], pruner: str) -> None:
                 f"healers {', '.join(healers)}: {healer} solves layers anew for the dense outputs and would undo "
                 "what came before it; put it first"
             )
+        if healer == "mean_folding" and "closed_form" in before:
+            raise MethodError(
+                f"healers {', '.join(healers)}: closed_form sets the biases that mean_folding would set anew; leave "
+                "mean_folding out"
+            )
         moved = before & MOVE_STATISTICS
         if healer in STAND_ON_DENSE_STATISTICS and moved:
             raise MethodError(
@@ -44,8 +49,9 @@ def refuse_idle(healers: Collection[str], kinds: Collection[str]) -> None:
             f"healer qk_compensation makes up for cut queries and keys, but the allocator cuts {', '.join(kinds)}; "
             "add qk to its kinds, or leave the healer out"
         )
-    if "closed_form" in healers and set(kinds) == {"qk"}:
-        raise MethodError(
-            "healer closed_form solves the layers that read what was cut, but queries and keys are read by none; "
-            "take qk_compensation"
-        )
+    for healer in ("closed_form", "mean_folding"):
+        if healer in healers and set(kinds) == {"qk"}:
+            raise MethodError(
+                f"healer {healer} repairs the layers that read what was cut, but queries and keys are read by none; "
+                "take qk_compensation"
+            )

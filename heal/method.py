@@ -141,6 +141,11 @@ def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner
     if kinds:
         refuse_idle(names, kinds)
         refuse_statistic(f"pruner {name_of(pruner)}", getattr(pruner, "statistic", "post"), kinds)
+        unable = [kind for kind in kinds if kind not in getattr(pruner, "kinds", kinds)]
+        if unable:
+            raise MethodError(
+                f"pruner {name_of(pruner)} cannot rank channels of kind {', '.join(unable)}; take variance"
+            )
 
 
 def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset[str]) -> None:
@@ -153,11 +158,18 @@ def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset
             "variance_matching"
         )
     if _kinds(needs):
-        pool(model, _kinds(needs))
+        _refuse_no_group(model, who, _kinds(needs))
     if "projections" in needs and not family.projections:
         raise ArchitectureError(f"{who} is about projections on skip paths, but family {family.name} names none")
     if "norms" in needs and not family.norms:
         raise ArchitectureError(f"{who} rewrites the weights of norms, but family {family.name} names none")
+
+
+def _refuse_no_group(model: nn.Module, who: str, kinds: list[str]) -> None:
+    try:
+        pool(model, kinds)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{who}: {error}") from error
 
 
 def refuse_unit(model: nn.Module, removed: str) -> None:

@@ -6,6 +6,7 @@ weight: a whole grid of densities costs one pass.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from typing import Protocol
 
@@ -71,8 +72,11 @@ class PatchStream:
             return {}
         if not all(self.halves):
             raise NumericalError(f"statistics: {tap} needs two images at least; {self.first + self.images} passed it")
+        whole = self.first + self.images
         return {
-            f"{tap}/{half}": reduce(merge, (part.moments() for part in sums.values()))
+            f"{tap}/{half}": replace(
+                reduce(merge, (part.moments() for part in sums.values())), images=(whole + 1 - half) // 2
+            )
             for half, sums in enumerate(self.halves)
         }
 

@@ -108,6 +108,15 @@ class Allocation:
                 raise BudgetError(f"layer {layer}: cannot keep {kept} of {self.total[layer]} {self.unit}")
 
     @property
+    def budget(self) -> dict[str, str | int]:
+        """What the budget counts (`unit`: weights, neurons or macs), and of that `asked`, `got` and the `total`."""
+        macs = self.evidence.get("macs") if self.unit == "neurons" else None
+        if macs is not None:
+            return {"unit": "macs", "asked": macs["asked"], "got": macs["got"], "total": macs["dense"]}
+        unit = "macs" if self.cost else self.unit
+        return {"unit": unit, "asked": self.asked, "got": self.got, "total": self.whole}
+
+    @property
     def got(self) -> int:
         """How much of the budget is spent: how many stay, each at its cost."""
         return sum(kept * self.cost.get(layer, 1) for layer, kept in self.kept.items())

@@ -30,8 +30,10 @@ MEANINGLESS: dict[str, tuple[Statistic, ...]] = {
     "qk": ("pre", "weighted", "denoised"),
     "v": ("pre",),
     "heads": ("pre",),
+    "residual": ("pre",),
 }
-"""What does not rank a kind of channels: no activation and, behind queries and keys, no weight follows."""
+"""What does not rank a kind of channels: no activation and, behind queries and keys, no weight follows; many add up
+in a residual stream, and none gives it alone."""
 
 
 def refuse_statistic(method: str, statistic: Statistic, kinds: Collection[str]) -> None:

@@ -34,7 +34,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     allocation = allocator.allocate(dense, budget, context)
     artifacts.save_allocation(allocation, section.method, section.options(section.method), output)
     progress.log(f"keeps {sum(allocation.kept.values())} of {sum(allocation.total.values())} {allocation.unit}")
-    return {"asked": float(allocation.asked), "got": float(allocation.got), "total": float(allocation.whole)}
+    return {name: float(allocation.budget[name]) for name in ("asked", "got", "total")}
 
 
 def _reads_comoments(needs: frozenset[str]) -> bool:

@@ -74,6 +74,7 @@ def save_allocation(allocation: Allocation, method: str, params: Mapping[str, An
         "unit": allocation.unit,
         "asked": allocation.asked,
         "got": allocation.got,
+        "budget": allocation.budget,
         "kept": dict(allocation.kept),
         "total": dict(allocation.total),
         "layers": list(allocation.kept),

@@ -114,9 +114,8 @@ def _by_subset(logits: Mapping[str, Tensor], images: EvaluationImages) -> dict[s
 
 
 def _budget(folder: Path) -> dict[str, Any]:
-    allocation = artifacts.load_allocation(folder)
-    unit = "MACs" if allocation.cost else allocation.unit
-    return {"unit": unit, "asked": allocation.asked, "got": allocation.got, "total": allocation.whole}
+    budget = artifacts.load_allocation(folder).budget
+    return budget | {"unit": "MACs" if budget["unit"] == "macs" else budget["unit"]}
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:

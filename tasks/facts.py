@@ -57,21 +57,22 @@ class Facts:
     @property
     def budget(self) -> str:
         """What the budget counts: weights, neurons, or MACs of one image."""
-        return "macs" if self.allocation["cost"] else str(self.allocation["unit"])
+        return str(self.allocation["budget"]["unit"])
 
     @property
     def total(self) -> int:
         """How many of these the dense model has in the layers of the budget."""
-        return self._priced("total")
+        return int(self.allocation["budget"]["total"])
+
+    @property
+    def asked(self) -> int:
+        """How many of them the budget asked to keep."""
+        return int(self.allocation["budget"]["asked"])
 
     @property
     def got(self) -> int:
         """How many of them stay."""
-        return self._priced("kept") if self.pruned["lines"] else self.total
-
-    def _priced(self, counts: str) -> int:
-        cost = self.allocation["cost"]
-        return sum(count * cost.get(layer, 1) for layer, count in self.allocation[counts].items())
+        return int(self.allocation["budget"]["got"]) if self.pruned["lines"] else self.total
 
     @property
     def healers(self) -> tuple[str, ...]:

@@ -120,10 +120,15 @@ def _refuse_labels(params: Params, dense: Path) -> None:
 
 
 def _zeros(model: nn.Module, wanted: Mapping[str, bool]) -> Statistics:
-    return {tap: LayerStats(1, torch.zeros(_width(model, tap)), torch.zeros(_width(model, tap))) for tap in wanted}
+    return {tap: _nothing(_width(model, tap), comoment) for tap, comoment in wanted.items()}
+
+
+def _nothing(width: int, comoment: bool) -> LayerStats:
+    zero = torch.zeros(width, dtype=torch.float64)
+    return LayerStats(1, zero, zero, torch.zeros(width, width, dtype=torch.float64) if comoment else None, images=1)
 
 
 def _width(model: nn.Module, tap: str) -> int:
     """Channels at a tap of a Linear or a convolution with one group."""
     name, _, side = tap.rpartition(".")
-    return int(model.get_submodule(name).get_parameter("weight").shape[1 if side == "input" else 0])
+    return int(model.get_submodule(name).get_parameter("weight").shape[0 if side == "output" else 1])

@@ -65,7 +65,7 @@ def names_files(facts: Facts) -> bool:
 
 def removed(facts: Facts) -> float:
     """The fraction that the budget asked to remove, in its shortest spelling that asks for the same number."""
-    asked, total = facts.allocation["asked"], facts.total
+    asked, total = facts.asked, facts.total
     exact = 1 - asked / total if total else 0.0
     spellings = (round(exact, digits) for digits in range(1, 16))
     return next((value for value in spellings if math.floor((1 - value) * total + 0.5) == asked), exact)

@@ -6,7 +6,7 @@ weights that were trained since: the bias is set so that the consumer's mean out
     b' = b + W mean - W' mean[S]
 
 with the dense weights W, the present ones W' and the dense means. Twice is as good as once. Behind a convolution of
-several places with zero padding it is exact but for the border.
+several places with zero padding it is exact but for the border, behind a stride but for what is not read.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -49,8 +50,7 @@ def chosen(damping: Damping, fit: Fit) -> float:
     if damping == "oas":
         return max(oas(fit.everything.xx[0] / fit.everything.count, fit.everything.count), LEAST)
     if damping == "held_out":
-        errors = {share: float(fit.judging.errors(*ridge(fit.fitted, fit.anchor, share)).sum()) for share in GRID}
-        return min(errors, key=lambda share: errors[share])
+        return min(GRID, key=lambda share: (_error(fit, share), -share))
     assert isinstance(damping, float | int)
     return float(damping)
 
@@ -77,17 +77,21 @@ def stable(damping: float, *joints: Joint) -> float:
     )
 
 
+def _error(fit: Fit, share: float) -> float:
+    """On held-out images, of the solution without them; infinite where there is none."""
+    try:
+        return float(fit.judging.errors(*ridge(fit.fitted, fit.anchor, share)).sum())
+    except NumericalError:
+        return math.inf
+
+
 def ridge(joint: Joint, anchor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(weight [1, out, d], bias [1, out]) of least error, `damping` times the mean diagonal pulling to the anchor.
 
     Raises NumericalError.
     """
-    moment = joint.xx[0] / joint.count
-    mean = float(moment.diagonal().mean())
-    pull = damping * mean if mean > 0 else damping
-    factor, failed = torch.linalg.cholesky_ex(
-        (moment + moment.T) / 2 + pull * torch.eye(len(moment), dtype=moment.dtype)
-    )
+    damped, pull = _damped(joint, damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericalError(
             f"closed form: the second moment is not positive definite at damping {damping:g}; raise it"

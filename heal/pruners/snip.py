@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from heal.allocators.snip import felt
-from heal.channels import highest
+from heal.channels import PLAIN, highest
 from heal.families.lookup import cuttable_or_raise
 from heal.method import Statistics
 from heal.values import Allocation, ChannelCut
@@ -19,6 +19,7 @@ class Snip:
     """Keep each group's channels of highest saliency (heal/saliency.py), as many as the allocation says."""
 
     unit: ClassVar[str] = "neurons"
+    kinds: ClassVar[tuple[str, ...]] = PLAIN
 
     @property
     def needs(self) -> frozenset[str]:

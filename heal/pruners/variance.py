@@ -26,7 +26,7 @@ class Variance:
     fold_mean: add W[:, cut] @ mean[cut] to the consumer's bias (the paper); off is its ablation.
     statistic: "post", "pre", "weighted" or "denoised", as in the allocator. The folded mean is always the
         one after the activation, whichever ranks (ours; the paper does not say). Behind a convolution of several
-        places with zero padding it is exact but for the border.
+        places with zero padding it is exact but for the border, behind a stride but for what is not read.
     """
 
     unit: ClassVar[str] = "neurons"
@@ -45,7 +45,8 @@ class Variance:
         """The channels that stay, and the consumers' new biases."""
         cuttable = cuttable_or_raise(model).cuttable
         groups = {name: cuttable[name] for name in allocation.kept}
-        removed = 1 - allocation.asked / allocation.whole
+        budget = allocation.budget
+        removed = 1 - int(budget["asked"]) / int(budget["total"])
         scores = variances(model, groups, statistics, self.statistic, removed)
         keep = {name: highest(scores[name], kept) for name, kept in allocation.kept.items()}
         updates = folded(model, groups, keep, statistics) if self.fold_mean else {}

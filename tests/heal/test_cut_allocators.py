@@ -140,3 +140,22 @@ def test_the_mean_output_is_the_dense_one_again_after_training() -> None:
         wanted = F.linear(mean, dense.get_parameter("weight").double(), dense.get_parameter("bias").double())
         found = F.linear(mean[keep], module.get_parameter("weight").double(), module.get_parameter("bias").double())
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [("qk",), ("v",), ("heads",)])
+@pytest.mark.parametrize("pruner", ["snip", "filter_norm"])
+def test_a_pruner_that_cannot_rank_attention_is_refused(pruner: str, kinds: tuple[str, ...]) -> None:
+    with pytest.raises(MethodError, match=f"pruner {pruner} cannot rank channels of kind {kinds[0]}"):
+        heal.recompress(nets.build("vit"), nets.images(4), Budget(neurons=0.5), GlobalVariance(kinds=kinds), pruner, [])
+
+
+@pytest.mark.parametrize(
+    ("healers", "said"),
+    [
+        (["batchnorm_recalibration", "mean_folding"], "mean_folding stands on the dense running statistics"),
+        (["closed_form", "mean_folding"], "leave mean_folding out"),
+    ],
+)
+def test_means_are_not_folded_twice(healers: list[str], said: str) -> None:
+    with pytest.raises(MethodError, match=said):
+        heal.recompress(nets.build("resnet"), nets.images(4), Budget(neurons=0.5), healers=healers)

@@ -85,10 +85,11 @@ def publish(
         {"source": "digits", "count": 512, "ids_digest": "ef" * 32, "preprocessing": {}, "skipped": []},
     )
     asked = sum(kept.values())
+    budget = {"unit": unit, "asked": asked, "got": sum(kept.values()), "total": sum(total.values())}
     allocation = {"method": "global_variance", "params": {"multiple": 1}, "unit": unit, "asked": asked, "got": asked}
     write(
         inputs["allocation"] / "allocation.json",
-        allocation | {"kept": kept, "total": total, "layers": list(kept), "cost": {}},
+        allocation | {"kept": kept, "total": total, "layers": list(kept), "cost": {}, "budget": budget},
     )
     arrow = (lambda layer: f"{layer} -> {layer.replace('fc1', 'fc2')}") if kind == "cut" else str
     ending = "" if kind == "cut" else " weights"

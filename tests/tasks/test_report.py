@@ -260,6 +260,16 @@ def test_a_budget_in_macs_is_reported_in_macs(tmp_path: Path) -> None:
     assert "budget.macs" in text and "budget.weights" not in text
 
 
+def test_a_cut_by_macs_is_reported_in_macs(tmp_path: Path) -> None:
+    inputs = digits(tmp_path / "in")
+    evidence = {"macs": {"dense": 9000, "asked": 6000, "got": 5900}}
+    allocation = Allocation("neurons", {"a": 20}, {"a": 40}, 20, evidence=evidence)
+    artifacts.save_allocation(allocation, "global_variance", {}, inputs["allocation"])
+    text = Page(run(inputs, tmp_path / "out")).text
+    assert "remove 0.333" in text and "of the MACs" in text
+    assert "5,900 of 9,000, 100 less: the widest cut that fits" in text
+
+
 @pytest.mark.parametrize("losses", [[0.5], [0.0, 0.0], [0.3, 0.2], [-0.1, 0.4]])
 def test_short_and_flat_curves_are_drawn_inside_the_plot(losses: list[float]) -> None:
     numbers = [int(number) for number in re.findall(r"-?\d+", figures.curve("starfish", losses).raw)]

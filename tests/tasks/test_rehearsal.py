@@ -1,0 +1,30 @@
+"""What a run with these methods would end in is known before it starts, and nothing that works is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from heal.errors import BudgetError
+from tasks import params, rehearsal
+from tests.heal import nets
+
+CUTS = {
+    "denoised": ["allocation.global_variance={statistic: denoised}"],
+    "weighted": ["allocation.global_variance={statistic: weighted}"],
+    "snip": ["allocation.method=snip", "pruning.method=snip", "healing.methods=[mean_folding]"],
+    "filter_norm": ["allocation.method=filter_norm", "pruning.method=filter_norm", "healing.methods=[closed_form]"],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("net", ["vit", "mobilenetv3", "resnet"])
+@pytest.mark.parametrize("budget", ["{neurons: 0.5}", "{macs: 0.01}"])
+def test_cuts_are_rehearsed(net: str, cut: str, budget: str) -> None:
+    asked = params.load(None, [*CUTS[cut], f"allocation.budget={budget}"])
+    rehearsal._refuse_methods(asked, nets.build(net), (nets.SIZE, nets.SIZE))
+
+
+def test_a_budget_that_cannot_be_met_is_refused_by_the_rehearsal() -> None:
+    asked = params.load(None, ["allocation.budget={macs: 0.99}"])
+    with pytest.raises(BudgetError, match=r"macs = 0\.99 cannot be met"):
+        rehearsal._refuse_methods(asked, nets.build("vit"), (nets.SIZE, nets.SIZE))
