@@ -51,7 +51,9 @@ OWN: dict[str, Callable[[], nn.Module]] = {
 STREAMS = ("resnet", "bottleneck", "vgg", "mobilenetv2", "mobilenetv3", "efficientnet")
 
 own = pytest.mark.parametrize("net", OWN)
-every = pytest.mark.parametrize("net", [*STREAMS, *OWN])
+every = pytest.mark.parametrize(
+    "net", [pytest.param(net, marks=pytest.mark.slow) if net in nets.KIN else net for net in (*STREAMS, *OWN)]
+)
 
 
 def build(net: str, seed: int = 0) -> nn.Module:

@@ -15,9 +15,9 @@ from heal.families.family import HIDDEN, KINDS, ChannelGroup, Family
 from heal.families.heads import Heads
 from heal.families.lookup import describe
 from heal.values import ChannelCut
-from tests.heal.nets import CLASSES, NETS, build, images
+from tests.heal.nets import CLASSES, EVERY, NETS, build, images
 
-nets = pytest.mark.parametrize("net", NETS)
+nets = pytest.mark.parametrize("net", EVERY)
 TOGETHER = tuple(kind for kind in KINDS if kind != "heads")  # what can be cut at once
 ratios = pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])  # with less, ReLUs may leave nothing of a stream
 FREE_SIZE = ("convnext", "resnet", "bottleneck", "vgg", "mobilenetv2", "mobilenetv3", "efficientnet")
