@@ -5,7 +5,7 @@
 
 Nothing is folded by the cut itself. ImageNet networks: 1 000 unlabeled calibration images, all there are, and 1 397
 test images of three sources, reported apart; ResNet-56: 1 024 CIFAR-10 training images, the first 2 000 of the test
-set. Writes cnn_cuts.csv; cnn_cuts_page.py makes the tables of it.
+set. Writes cnn_cuts.csv; crosses_page.py makes the tables of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import cifar, mobile  # noqa: E402
 from benchmarks.cross import Cross, Methods, Repair, options, table_of  # noqa: E402
-from benchmarks.imagenet import SUBSETS, read  # noqa: E402
+from benchmarks.imagenet import SUBSETS, dense_of, read  # noqa: E402
 from heal.allocators import filter_norm  # noqa: E402
 from heal.allocators.global_variance import GlobalVariance  # noqa: E402
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration  # noqa: E402
@@ -69,7 +69,7 @@ def main() -> None:
     for net in asked.net:
         for seed in asked.seeds:
             if net in mobile.NETS:
-                dense = mobile.dense_of(net, asked.data)
+                dense = dense_of(net, asked.data)
                 images = read(asked.data, dense.pretrained_cfg)  # type: ignore[arg-type]
             else:
                 dense, images = cifar.dense_of(net, asked.data), cifar.images_of(asked.data, seed, 2000)

@@ -22,11 +22,11 @@ from heal.healers.batchnorm_recalibration import BatchnormRecalibration
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.variance_matching import VarianceMatching
-from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, Statistics, after, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, after, taps
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.statistics import capture
-from heal.values import Allocation, Budget, ChannelCut, Mask
+from heal.values import Allocation, Budget, ChannelCut, Mask, Statistics
 
 COLUMNS = (
     "net",

@@ -5,7 +5,7 @@
 
 Nothing is folded by the cut itself: "none" drops the neurons, "mean" puts their mean into the next bias. 1 000
 unlabeled calibration images, all there are, so a seed changes the order of training alone; 1 397 test images of three
-sources, reported apart. Writes deit_cuts.csv; deit_cuts_page.py makes the tables of it.
+sources, reported apart. Writes deit_cuts.csv; crosses_page.py makes the tables of it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.cross import Cross, Methods, Repair, options, table_of, with_weights  # noqa: E402
-from benchmarks.imagenet import SUBSETS, read  # noqa: E402
+from benchmarks.cross import Methods, Repair  # noqa: E402
+from benchmarks.imagenet import measure  # noqa: E402
 from heal.allocators import filter_norm, snip  # noqa: E402
 from heal.allocators.global_variance import GlobalVariance  # noqa: E402
-from heal.compat import timm  # noqa: E402
 from heal.healers.blockwise import Blockwise  # noqa: E402
 from heal.healers.closed_form import ClosedForm  # noqa: E402
 from heal.healers.distill import Distill  # noqa: E402
@@ -70,13 +67,7 @@ METHODS = Methods(
 
 def main() -> None:
     """Run the points that the table lacks."""
-    asked = options(__doc__.partition("\n")[0], (NET,), (0.2, 0.3, 0.4, 0.5, 0.6), METHODS, FREE).parse_args()
-    torch.set_num_threads(asked.threads)
-    table = table_of(HERE / "deit_cuts.csv", ALLOCATIONS, REPAIRS, SUBSETS)
-    dense = with_weights(timm.create_model(NET), asked.data / "weights" / f"{NET}.safetensors")
-    images = read(asked.data, dense.pretrained_cfg)
-    for seed in asked.seeds:
-        Cross(NET, dense, images, seed, METHODS).run(table, asked)
+    measure(__doc__, HERE / "deit_cuts.csv", (NET,), (0.2, 0.3, 0.4, 0.5, 0.6), METHODS, FREE)
 
 
 if __name__ == "__main__":

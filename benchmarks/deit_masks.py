@@ -5,7 +5,7 @@
 
 The pool is qkv, proj, fc1 and fc2 of every block, the same sparsity in each. 1 000 unlabeled calibration images, all
 there are, so a seed changes the order of training alone; 1 397 test images of three sources, reported apart. A pattern
-is measured at its own sparsity. Writes deit_masks.csv; deit_masks_page.py makes the tables of it.
+is measured at its own sparsity. Writes deit_masks.csv; crosses_page.py makes the tables of it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.cross import Cross, Methods, Repair, options, table_of, with_weights  # noqa: E402
-from benchmarks.imagenet import SUBSETS, read  # noqa: E402
+from benchmarks.cross import Methods, Repair  # noqa: E402
+from benchmarks.imagenet import measure  # noqa: E402
 from heal.allocators.n_of_m import NOfM  # noqa: E402
 from heal.allocators.uniform import Uniform  # noqa: E402
-from heal.compat import timm  # noqa: E402
 from heal.healers.blockwise import Blockwise  # noqa: E402
 from heal.healers.distill import Distill  # noqa: E402
 from heal.healers.layerwise import Layerwise  # noqa: E402
@@ -64,13 +61,7 @@ METHODS = Methods(
 
 def main() -> None:
     """Run the points that the table lacks."""
-    asked = options(__doc__.partition("\n")[0], (NET,), (0.5, 0.6, 0.75), METHODS, list(REPAIRS)).parse_args()
-    torch.set_num_threads(asked.threads)
-    table = table_of(HERE / "deit_masks.csv", ALLOCATIONS, REPAIRS, SUBSETS)
-    dense = with_weights(timm.create_model(NET), asked.data / "weights" / f"{NET}.safetensors")
-    images = read(asked.data, dense.pretrained_cfg)
-    for seed in asked.seeds:
-        Cross(NET, dense, images, seed, METHODS).run(table, asked)
+    measure(__doc__, HERE / "deit_masks.csv", (NET,), (0.5, 0.6, 0.75), METHODS, list(REPAIRS))
 
 
 if __name__ == "__main__":

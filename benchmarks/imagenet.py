@@ -1,19 +1,40 @@
-"""The ImageNet images of the benchmarks: 1 000 for calibration, 1 397 of three sources for the test."""
+"""What the benchmarks on ImageNet share: 1 000 images for calibration, 1 397 of three sources for the test, a loop."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.cross import Images
+from benchmarks.cross import Cross, Images, Methods, options, table_of, with_weights
+from heal.compat import timm
 
 SUBSETS = ("val1000", "val100", "nips17")
 SHORT, SIZE = 256, 224
+
+
+def measure(
+    about: str, path: Path, nets: Sequence[str], sparsities: Sequence[float], methods: Methods, repairs: Sequence[str]
+) -> None:
+    """Ask the command line what to run of these networks, and run the points that the table at `path` lacks."""
+    asked = options(about.partition("\n")[0], nets, sparsities, methods, repairs).parse_args()
+    torch.set_num_threads(asked.threads)
+    table = table_of(path, methods.allocations, methods.repairs, SUBSETS)
+    for net in asked.net:
+        dense = dense_of(net, asked.data)
+        images = read(asked.data, dense.pretrained_cfg)  # type: ignore[arg-type]
+        for seed in asked.seeds:
+            Cross(net, dense, images, seed, methods).run(table, asked)
+
+
+def dense_of(net: str, data: Path) -> nn.Module:
+    """A timm network with its weights from the data."""
+    return with_weights(timm.create_model(net), data / "weights" / f"{net}.safetensors")
 
 
 def read(data: Path, preprocessing: dict[str, tuple[float, ...]]) -> Images:

@@ -13,29 +13,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.cross import (  # noqa: E402
-    Cross,
-    Methods,
-    Repair,
-    options,
-    table_of,
-    training_free,
-    with_weights,
-)
-from benchmarks.imagenet import SUBSETS, read  # noqa: E402
+from benchmarks.cross import Methods, Repair, training_free  # noqa: E402
+from benchmarks.imagenet import measure  # noqa: E402
 from heal.allocators.erk import Erk  # noqa: E402
 from heal.allocators.global_magnitude import GlobalMagnitude  # noqa: E402
 from heal.allocators.lamp import Lamp  # noqa: E402
 from heal.allocators.raw_damage import RawDamage  # noqa: E402
 from heal.allocators.relative_repairability import RelativeRepairability  # noqa: E402
 from heal.allocators.uniform import Uniform  # noqa: E402
-from heal.compat import timm  # noqa: E402
 from heal.healers.layerwise import Layerwise  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
 from heal.healers.unipts import Unipts  # noqa: E402
@@ -75,18 +63,7 @@ FREE = ["bn cumulative", "asr + bn ema_reset", "variance_matching"]
 
 def main() -> None:
     """Run the points that the table lacks."""
-    asked = options(__doc__.partition("\n")[0], NETS, (0.5, 0.6, 0.7, 0.8), METHODS, FREE).parse_args()
-    torch.set_num_threads(asked.threads)
-    table = table_of(HERE / "mobile.csv", ALLOCATIONS, REPAIRS, SUBSETS)
-    for net in asked.net:
-        dense = dense_of(net, asked.data)
-        images = read(asked.data, dense.pretrained_cfg)
-        for seed in asked.seeds:
-            Cross(net, dense, images, seed, METHODS).run(table, asked)
-
-
-def dense_of(net: str, data: Path) -> nn.Module:
-    return with_weights(timm.create_model(net), data / "weights" / f"{net}.safetensors")
+    measure(__doc__, HERE / "mobile.csv", NETS, (0.5, 0.6, 0.7, 0.8), METHODS, FREE)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.mobile import ALLOCATIONS, REPAIRS, SUBSETS, table_of  # noqa: E402
+from benchmarks.cross import table_of  # noqa: E402
+from benchmarks.imagenet import SUBSETS  # noqa: E402
+from benchmarks.mobile import ALLOCATIONS, REPAIRS  # noqa: E402
 from benchmarks.pages import by_subset, curves, means  # noqa: E402
 
 DRAWN = {"mobilenetv2_100": "bn cumulative", "tf_efficientnet_lite0": "variance_matching"}

@@ -13,7 +13,7 @@ from heal.families.heads import Heads
 from heal.families.lookup import cuttable_or_raise
 from heal.merging import merge
 from heal.naming import refuse_unknown
-from heal.values import LayerStats
+from heal.values import LayerStats, Statistics
 
 PLAIN: tuple[Kind, ...] = ("mlp", "inner", "residual")
 """The kinds whose channels are rows of whole modules."""
@@ -63,7 +63,7 @@ def second_moment_tap(model: nn.Module, consumer: str) -> str:
     return f"{consumer}.input" if is_pointwise(model.get_submodule(consumer)) else f"{consumer}.patches"
 
 
-def second_moment(statistics: Mapping[str, LayerStats], model: nn.Module, consumer: str) -> LayerStats:
+def second_moment(statistics: Statistics, model: nn.Module, consumer: str) -> LayerStats:
     """Of the columns of a consumer's weight [out, in, ...] flattened, comoment [d, d]."""
     tap = second_moment_tap(model, consumer)
     if tap in statistics:
@@ -100,7 +100,7 @@ def folded(
     model: nn.Module,
     groups: Mapping[str, ChannelGroup],
     keep: Mapping[str, Tensor],
-    statistics: Mapping[str, LayerStats],
+    statistics: Statistics,
 ) -> dict[str, Tensor]:
     """Every consumer's bias with what the mean of the cut channels gives it; one that has none gets one."""
     updates = {}

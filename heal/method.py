@@ -18,11 +18,8 @@ from heal.families.parts import parts
 from heal.healer_rules import refuse_idle, refuse_order
 from heal.images import Images
 from heal.progress import Report, quiet
-from heal.values import Allocation, Budget, ChannelCut, LayerStats, Mask
+from heal.values import Allocation, Budget, ChannelCut, Mask, Statistics
 from heal.variances import refuse_statistic
-
-Statistics = Mapping[str, LayerStats]
-"""Moments by tap: "<module>.input" or "<module>.output"."""
 
 
 class Allocator(Protocol):

@@ -24,7 +24,9 @@ def apply(model: nn.Module, pruned: Mask | ChannelCut) -> None:
         surgery.cut(model, pruned)
 
 
-def kept(model: nn.Module, pruned: Mask | ChannelCut, of: Literal["blocks", "followers"]) -> dict[str, Tensor]:
+def kept(
+    model: nn.Module, pruned: Mask | ChannelCut, of: Literal["blocks", "followers", "producers"]
+) -> dict[str, Tensor]:
     """Of every such module of the groups that were cut, by the dense model's table, the channels that stay [k]."""
     if isinstance(pruned, Mask):
         return {}

@@ -21,9 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from heal.method import Statistics
 from heal.patch_moments import HALVES
-from heal.values import LayerStats
+from heal.values import LayerStats, Statistics
 
 Variant = Literal["rr", "rr_asr", "rr_nomean", "rr_ls"]
 VARIANTS: tuple[Variant, ...] = ("rr", "rr_asr", "rr_nomean", "rr_ls")

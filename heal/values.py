@@ -230,3 +230,7 @@ class LayerStats:
         if self.comoment is None:
             raise NumericalError("statistics: the second moment was not captured; the method must declare it needs it")
         return self.comoment / self.count
+
+
+Statistics = Mapping[str, LayerStats]
+"""Moments by tap: "<module>.input", ".output", ".patches/0" or ".saliency"."""

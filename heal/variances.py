@@ -12,9 +12,7 @@ from heal.denoising import denoised
 from heal.errors import MethodError
 from heal.families.family import ChannelGroup
 from heal.families.heads import Heads
-from heal.values import LayerStats
-
-Statistics = Mapping[str, LayerStats]
+from heal.values import LayerStats, Statistics
 
 Statistic = Literal["post", "pre", "weighted", "denoised"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from heal.method import Statistics
-from heal.values import NM, Allocation, ChannelCut, LayerStats, Mask
+from heal.values import NM, Allocation, ChannelCut, LayerStats, Mask, Statistics
 
 
 def write_json(path: Path, content: Any) -> None:

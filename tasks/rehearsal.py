@@ -18,9 +18,9 @@ from torch import nn
 
 from heal import bundle
 from heal.errors import InputError
-from heal.method import AllocationContext, Statistics, check, taps
+from heal.method import AllocationContext, check, taps
 from heal.naming import nearest
-from heal.values import LayerStats
+from heal.values import LayerStats, Statistics
 from tasks import calibration, data, dense, models, resolve
 from tasks.classes import Classes
 from tasks.gate import QUALITY

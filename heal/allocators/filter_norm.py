@@ -12,9 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from heal.allocators.widths import widths_of
+from heal.allocators.widths import refuse_multiple, widths_of
 from heal.channels import PLAIN, cuts, pool, refuse_unknown_kinds
-from heal.errors import MethodError
 from heal.families.family import HIDDEN, ChannelGroup
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
@@ -34,8 +33,7 @@ class FilterNorm:
     kinds: tuple[str, ...] = HIDDEN
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
-            raise MethodError(f"filter_norm.multiple = {self.multiple} must be at least 1")
+        refuse_multiple("filter_norm.multiple", self.multiple)
         refuse_unknown("filter_norm.scope", self.scope, ("global", "layer"))
         refuse_unknown_kinds("filter_norm.kinds", self.kinds, PLAIN)
 

@@ -11,9 +11,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from heal.allocators.widths import widths_of
+from heal.allocators.widths import refuse_multiple, widths_of
 from heal.channels import cuts, pool, refuse_unknown_kinds
-from heal.errors import MethodError
 from heal.families.family import HIDDEN
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
@@ -44,8 +43,7 @@ class GlobalVariance:
     kinds: tuple[str, ...] = HIDDEN
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
-            raise MethodError(f"global_variance.multiple = {self.multiple} must be at least 1")
+        refuse_multiple("global_variance.multiple", self.multiple)
         refuse_unknown("global_variance.statistic", self.statistic, STATISTICS)
         refuse_unknown("global_variance.scope", self.scope, ("global", "layer"))
         refuse_unknown_kinds("global_variance.kinds", self.kinds)

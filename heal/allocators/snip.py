@@ -10,12 +10,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from heal.allocators.widths import widths_of
+from heal.allocators.widths import refuse_multiple, widths_of
 from heal.channels import PLAIN, cuts, pool, refuse_unknown_kinds
-from heal.errors import MethodError
 from heal.families.family import HIDDEN, ChannelGroup
-from heal.method import AllocationContext, Statistics
-from heal.values import Allocation, Budget
+from heal.method import AllocationContext
+from heal.values import Allocation, Budget, Statistics
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class Snip:
     kinds: tuple[str, ...] = HIDDEN
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
-            raise MethodError(f"snip.multiple = {self.multiple} must be at least 1")
+        refuse_multiple("snip.multiple", self.multiple)
         refuse_unknown_kinds("snip.kinds", self.kinds, PLAIN)
 
     @property

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from heal.allocators.cut_cost import CutCost
-from heal.errors import BudgetError
+from heal.errors import BudgetError, MethodError
 from heal.families.family import ChannelGroup
 from heal.method import AllocationContext
 from heal.values import Allocation, Budget
+
+
+def refuse_multiple(param: str, multiple: int) -> None:
+    """Raise MethodError unless widths can be multiples of it."""
+    if multiple < 1:
+        raise MethodError(f"{param} = {multiple} must be at least 1")
 
 
 def widths_of(

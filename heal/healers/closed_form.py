@@ -34,15 +34,20 @@ from heal.healers.matching import BATCH
 from heal.healers.reporting import reported
 from heal.healers.ridge import Fit, chosen, refuse_damping, ridge, stable
 from heal.images import Images, Replay, first
+from heal.masking import write
 from heal.merging import without
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.naming import refuse_unknown
+from heal.pruned import kept
 from heal.values import ChannelCut, LayerStats
 from heal.wiring import trace
 
 ALL = 1 << 62
+"""More images than there are: all of them."""
+
 ROUNDING = 1e-7
+"""Of float32: what a moment that was summed in it may be off by, as a share."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class ClosedForm:
             for done, (site, fit) in enumerate(self._fits(student, teacher, sites, images, context), start=1):
                 solution, said = self._solved(fit)
                 notes += [f"{site.consumer} {note}" for note in said]
-                _write(student.get_submodule(site.consumer), *solution)
+                _write(student, site.consumer, *solution)
                 context.report("closed_form", done, len(sites))
         for note in notes:
             context.log(f"closed_form: {note}")
@@ -136,7 +141,7 @@ class ClosedForm:
         bias = torch.zeros(len(weight), dtype=torch.float64)
         if module.bias is not None:
             bias = module.get_parameter("bias").detach().double().cpu()
-        everything, fitted, judged = (_answered(weight, bias, moments, site) for moments in (stats, rest, held))
+        everything, fitted, judged = (answered(weight, bias, moments, site) for moments in (stats, rest, held))
         return Fit(everything, fitted, judged, weight[site.rows][:, site.columns].unsqueeze(0))
 
 
@@ -151,16 +156,15 @@ class CutSite:
 
 def cut_sites(teacher: nn.Module, pruned: ChannelCut, image: Tensor) -> list[CutSite]:
     """Every consumer of a cut group, in the order of the forward pass of one image [1, c, h, w]."""
-    groups, keep = cuttable_or_raise(teacher).cuttable, pruned.keep
-    own = {producer: keep[name] for name in keep for producer in groups[name].producers}
+    groups, own = cuttable_or_raise(teacher).cuttable, kept(teacher, pruned, "producers")
     readers = {
-        consumer: consumed(teacher, groups[name], kept)
-        for name, kept in keep.items()
+        consumer: consumed(teacher, groups[name], keep)
+        for name, keep in pruned.keep.items()
         for consumer in groups[name].consumers
     }
     if not readers:
         raise MethodError(
-            f"closed_form solves what reads the cut channels, but of {', '.join(keep)} only scores are made; "
+            f"closed_form solves what reads the cut channels, but of {', '.join(pruned.keep)} only scores are made; "
             "heal queries and keys by qk_compensation"
         )
     sites = []
@@ -171,18 +175,7 @@ def cut_sites(teacher: nn.Module, pruned: ChannelCut, image: Tensor) -> list[Cut
     return sites
 
 
-def solve(
-    weight: Tensor, bias: Tensor | None, stats: LayerStats, keep: Tensor, damping: float
-) -> tuple[Tensor, Tensor]:
-    """The repaired (weight [out, kept], bias [out]) in float64; weight is [out, in]. Raises NumericalError."""
-    w = weight.double().cpu()
-    b = torch.zeros(len(w), dtype=torch.float64) if bias is None else bias.double().cpu()
-    site = CutSite("", keep, torch.arange(len(w)))
-    solved, offset = ridge(_answered(w, b, stats, site), w[:, keep].unsqueeze(0), damping)
-    return solved[0], offset[0]
-
-
-def _answered(weight: Tensor, bias: Tensor, stats: LayerStats, site: CutSite) -> Joint:
+def answered(weight: Tensor, bias: Tensor, stats: LayerStats, site: CutSite) -> Joint:
     """Moments of the kept inputs and of what the dense layer answers to all of them."""
     assert stats.comoment is not None
     rows, xx, at = weight[site.rows], stats.comoment, site.columns
@@ -216,11 +209,6 @@ def _sequential(student: nn.Module, teacher: nn.Module, site: CutSite, parts: tu
     return Fit(fitted.merged(judging), fitted, judging, weight[site.rows][:, site.columns].unsqueeze(0))
 
 
-def _write(consumer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    parameter = consumer.get_parameter("weight")
-    with torch.no_grad():
-        parameter.copy_(weight.reshape(parameter.shape))
-        if consumer.bias is None:
-            consumer.bias = nn.Parameter(bias.flatten().to(parameter))
-        else:
-            consumer.get_parameter("bias").copy_(bias.flatten())
+def _write(student: nn.Module, consumer: str, weight: Tensor, bias: Tensor) -> None:
+    shape = student.get_parameter(f"{consumer}.weight").shape
+    write(student, {f"{consumer}.weight": weight.reshape(shape), f"{consumer}.bias": bias.flatten()})

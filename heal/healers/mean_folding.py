@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from heal.channels import consumed, through
@@ -22,7 +21,9 @@ from heal.errors import MethodError
 from heal.families.lookup import cuttable_or_raise
 from heal.healers.reporting import reported
 from heal.images import Images
+from heal.masking import write
 from heal.method import HealContext, HealingReport
+from heal.pruned import kept
 from heal.values import ChannelCut
 
 
@@ -45,20 +46,14 @@ class MeanFolding:
 def _fold(student: nn.Module, teacher: nn.Module, context: HealContext) -> None:
     if not isinstance(context.pruned, ChannelCut):
         raise MethodError("mean_folding repairs what a cut left; the pruner gave a mask: heal it by bias_correction")
-    groups, keep = cuttable_or_raise(teacher).cuttable, context.pruned.keep
-    rows = {producer: keep[name] for name in keep for producer in groups[name].producers}
-    for name in keep:
+    groups, rows = cuttable_or_raise(teacher).cuttable, kept(teacher, context.pruned, "producers")
+    for name, keep in context.pruned.keep.items():
         for consumer in groups[name].consumers:
             dense, module = teacher.get_submodule(consumer), student.get_submodule(consumer)
             mean = context.statistics[f"{consumer}.input"].mean
             bias = through(dense, mean)
             if dense.bias is not None:
                 bias = bias + dense.get_parameter("bias").detach().double().cpu()
-            kept = consumed(teacher, groups[name], keep[name])
-            new = bias[rows.get(consumer, slice(None))] - through(module, mean[kept])
-            weight = module.get_parameter("weight")
-            with torch.no_grad():
-                if module.bias is None:
-                    module.bias = nn.Parameter(new.to(weight), weight.requires_grad)
-                else:
-                    module.get_parameter("bias").copy_(new)
+            stay = consumed(teacher, groups[name], keep)
+            new = bias[rows.get(consumer, slice(None))] - through(module, mean[stay])
+            write(student, {f"{consumer}.bias": new})

@@ -56,7 +56,7 @@ class QkCompensation:
     ) -> None:
         for done, (group, keep) in enumerate(cut.values(), start=1):
             name, heads = group.modules[0], Heads.of(teacher.get_submodule(group.attention))
-            square = second_moment(context.statistics[f"{name}.output"])
+            square = mean_square(context.statistics[f"{name}.output"])
             _write(student.get_submodule(name), *mixed(teacher.get_submodule(name), heads, square, keep, self.damping))
             context.report("qk_compensation", done, len(cut))
 
@@ -74,7 +74,7 @@ def _cut_queries(teacher: nn.Module, context: HealContext) -> dict[str, tuple[Ch
     return cut
 
 
-def second_moment(stats: LayerStats) -> Tensor:
+def mean_square(stats: LayerStats) -> Tensor:
     """Mean of x x^T [d, d], float64: the mean is part of the scores, so it is not taken off."""
     return stats.covariance + torch.outer(stats.mean, stats.mean)
 

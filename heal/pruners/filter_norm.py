@@ -10,8 +10,7 @@ from torch import nn
 from heal.allocators.filter_norm import norms
 from heal.channels import PLAIN, highest
 from heal.families.lookup import cuttable_or_raise
-from heal.method import Statistics
-from heal.values import Allocation, ChannelCut
+from heal.values import Allocation, ChannelCut, Statistics
 
 
 @dataclass(frozen=True)

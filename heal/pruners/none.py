@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from heal.method import Statistics
-from heal.values import Allocation, Mask
+from heal.values import Allocation, Mask, Statistics
 
 
 @dataclass(frozen=True)

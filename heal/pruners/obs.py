@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from heal.errors import ArchitectureError, MethodError, NumericalError
 from heal.masking import keep_best
 from heal.merging import merge
-from heal.method import Statistics
-from heal.values import NM, Allocation, LayerStats, Mask
+from heal.values import NM, Allocation, LayerStats, Mask, Statistics
 
 
 @dataclass(frozen=True)

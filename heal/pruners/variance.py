@@ -13,9 +13,8 @@ from torch import nn
 
 from heal.channels import folded, highest
 from heal.families.lookup import cuttable_or_raise
-from heal.method import Statistics
 from heal.naming import refuse_unknown
-from heal.values import Allocation, ChannelCut
+from heal.values import Allocation, ChannelCut, Statistics
 from heal.variances import NEEDS, STATISTICS, Statistic, variances
 
 

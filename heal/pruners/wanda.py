@@ -12,9 +12,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from heal.masking import keep_best, keep_by_row
-from heal.method import Statistics
 from heal.naming import refuse_unknown
-from heal.values import Allocation, LayerStats, Mask
+from heal.values import Allocation, LayerStats, Mask, Statistics
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,18 @@ def images(count: int = 4, size: int = SIZE, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+def passing(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output of a layer, copied before anything overwrites them."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    hook = model.get_submodule(layer).register_forward_hook(
+        lambda _, args, output: kept.append((args[0].clone(), output.clone()))
+    )
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    return kept[0]
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Scales about 1, biases about 0, weights at fan-in scale, running statistics as after training."""

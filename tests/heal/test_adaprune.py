@@ -22,7 +22,6 @@ from heal.method import HealContext
 from heal.values import NM
 from tests.heal import nets
 from tests.heal.test_block_healers import remask
-from tests.heal.test_reconstruction_healers import passing
 from tests.heal.test_training import masked
 
 
@@ -55,7 +54,7 @@ def test_adaprune_is_the_codes_loop(net: str) -> None:
         module.weight.add_(module.weight[~keep].mean()).mul_(keep)
     optimisers = [torch.optim.Adam([module.weight], lr=1e-3), torch.optim.Adam([module.bias], lr=1e-2)]
     for _ in range(6):
-        entered, wanted = passing(dense, layer, images[torch.randperm(10, generator=drawn)[:5]])
+        entered, wanted = nets.passing(dense, layer, images[torch.randperm(10, generator=drawn)[:5]])
         nn.functional.mse_loss(module(entered), wanted).backward()
         for optimiser in optimisers:
             optimiser.step()

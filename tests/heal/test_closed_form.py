@@ -43,12 +43,7 @@ def healed(
 
 def rows(model: nn.Module, layer: str, images: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Inputs [n, in] and outputs [n, out] of a Linear."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(layer).register_forward_hook(lambda _, args, output: seen.extend((args[0], output)))
-    with torch.no_grad():
-        model(images)
-    handle.remove()
-    x, y = (tensor.double().flatten(0, -2).numpy() for tensor in seen)
+    x, y = (tensor.double().flatten(0, -2).numpy() for tensor in nets.passing(model, layer, images))
     return x, y
 
 

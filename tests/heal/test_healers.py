@@ -17,7 +17,8 @@ from heal.allocators.uniform import Uniform
 from heal.errors import ArchitectureError, ImagesError, NumericalError
 from heal.families.family import Family
 from heal.families.lookup import describe
-from heal.healers.closed_form import ClosedForm, solve
+from heal.healers.closed_form import ClosedForm, CutSite, answered
+from heal.healers.ridge import ridge
 from heal.healers.starfish import Starfish
 from heal.method import AllocationContext, HealContext, taps
 from heal.pruned import apply
@@ -41,6 +42,14 @@ def _correlated(rows: int = 4000, width: int = 24, seed: int = 0) -> tuple[Tenso
 def _layer(width: int = 24, outputs: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(outputs, width, generator=generator), torch.randn(outputs, generator=generator)
+
+
+def solve(weight: Tensor, bias: Tensor, stats: LayerStats, keep: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The repaired (weight [out, kept], bias [out]) of a layer alone."""
+    site = CutSite("", keep, torch.arange(len(weight)))
+    joint = answered(weight.double(), bias.double(), stats, site)
+    solved, offset = ridge(joint, weight[:, keep].double().unsqueeze(0), damping)
+    return solved[0], offset[0]
 
 
 def _pruned(model: nn.Module, images: Tensor, kind: str) -> tuple[nn.Module, Mask | ChannelCut, HealContext]:

@@ -36,21 +36,9 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
-def _passing(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of a layer."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    hook = model.get_submodule(layer).register_forward_hook(
-        lambda _, args, output: kept.append((args[0].clone(), output.clone()))
-    )
-    with torch.no_grad():
-        model(images)
-    hook.remove()
-    return kept[0]
-
-
 def _squared_error(student: nn.Module, dense: nn.Module, layer: str, images: Tensor) -> float:
     """Of the layer's answer to dense inputs, with what its BatchNorm's running mean adds."""
-    entered, wanted = _passing(dense, layer, images)
+    entered, wanted = nets.passing(dense, layer, images)
     with torch.no_grad():
         answer = student.get_submodule(layer)(entered)
     norm = trace(dense, [layer], images[:1]).norm_after.get(layer)
@@ -74,7 +62,7 @@ def _pot(dense: nn.Module, mask: Mask, pool: Tensor, layer: str, iterations: int
         last = 0.0
         for iteration in range(iterations):
             drawn = generator(seed, f"layerwise batch {level * iterations + iteration}")
-            entered, wanted = _passing(dense, layer, pool[torch.randperm(len(pool), generator=drawn)[:50]])
+            entered, wanted = nets.passing(dense, layer, pool[torch.randperm(len(pool), generator=drawn)[:50]])
             for step in range(steps):
                 loss = nn.functional.mse_loss(module(entered), wanted)
                 initial = loss.item() + 1e-8 if step == 0 else initial  # noqa: F821
@@ -137,7 +125,7 @@ def test_a_layer_tuned_to_its_end_is_least_squares_on_its_own_weights() -> None:
     tuned, _, _ = masked("vit")
     tuned.get_submodule(layer).load_state_dict(student.get_submodule(layer).state_dict())
     Layerwise(budget="msbench", steps=1500, lr=5e-3, bias_lr=5e-3).heal(tuned, dense, images, HealContext(pruned=alone))
-    entered, wanted = (x.flatten(0, -2).double().numpy() for x in _passing(dense, layer, images))
+    entered, wanted = (x.flatten(0, -2).double().numpy() for x in nets.passing(dense, layer, images))
     best = 0.0
     for row, keep in enumerate(alone.keep[layer].numpy()):
         design = np.hstack([entered[:, keep], np.ones((len(entered), 1))])
@@ -185,7 +173,7 @@ def test_pruned_inputs_are_those_of_the_student_with_earlier_layers_tuned() -> N
     Layerwise(budget="msbench", inputs="pruned", steps=4, **FAST).heal(student, dense, images, HealContext(pruned=mask))
     _, reference, _ = masked("vit")
     for layer in trace(dense, mask.keep, images[:1]).order:
-        (entered, _), (_, wanted) = _passing(reference, layer, images), _passing(dense, layer, images)
+        (entered, _), (_, wanted) = nets.passing(reference, layer, images), nets.passing(dense, layer, images)
         module, keep = reference.get_submodule(layer), mask.keep[layer]
         w, bias = module.get_parameter("weight"), module.get_parameter("bias")
         optimiser = torch.optim.Adam([{"params": [w], "lr": 1e-3}, {"params": [bias], "lr": 1e-2}], foreach=False)

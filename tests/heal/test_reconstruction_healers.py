@@ -52,18 +52,6 @@ def pruned_at_random(dense: nn.Module) -> tuple[nn.Module, Mask]:
     return student, Mask(keep)
 
 
-def passing(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of a layer."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    hook = model.get_submodule(layer).register_forward_hook(
-        lambda _, args, output: kept.append((args[0].clone(), output.clone()))
-    )
-    with torch.no_grad():
-        model(images)
-    hook.remove()
-    return kept[0]
-
-
 def patches(layer: nn.Module, x: Tensor) -> np.ndarray:
     """[groups, rows, d] of what the weight multiplies, by slicing."""
     if isinstance(layer, nn.Linear):
@@ -97,8 +85,8 @@ def by_brute_force(dense: nn.Module, student: nn.Module, mask: Mask, images: Ten
     for name, keep in mask.keep.items():
         layer = expected.get_submodule(name)
         source = dense if method.inputs == "dense" else expected
-        x = patches(layer, passing(source, name, fitted)[0])
-        y = passing(dense, name, fitted)[1].double()
+        x = patches(layer, nets.passing(source, name, fitted)[0])
+        y = nets.passing(dense, name, fitted)[1].double()
         y = (y.movedim(1, -1) if y.ndim == 4 else y).flatten(0, -2).numpy()
         weight, bias = layer.weight.detach().double().flatten(1).numpy(), np.zeros(len(keep))
         for row, kept in enumerate(keep.flatten(1).numpy()):
@@ -156,7 +144,7 @@ def test_no_layer_fits_worse_than_before(net: str) -> None:
     stay = {note.split()[0] for note in report.notes}
     assert masking.holds(student, mask) and len(stay) < len(mask.keep) / 2
     for layer in mask.keep:
-        entered, wanted = passing(dense, layer, fitted)
+        entered, wanted = nets.passing(dense, layer, fitted)
         apart = [model.get_submodule(layer)(entered) - wanted for model in (before, student)]
         over = tuple(
             axis
@@ -286,7 +274,7 @@ def test_an_activation_inside_a_norm_does_not_matter() -> None:
     images = nets.images(8)
     VarianceMatching(images=8).heal(student, dense, images, HealContext(pruned=mask))
     norm = "blocks.1.0.bn1"
-    entered = [passing(model, norm, images)[0] for model in (dense, student)]
+    entered = [nets.passing(model, norm, images)[0] for model in (dense, student)]
     outputs = []
     for model, x in zip((dense, student), entered, strict=True):
         module = model.get_submodule(norm)
