@@ -62,6 +62,8 @@ def show_plan(file: Path, overrides: list[str], output_json: bool) -> int:
     screen = Screen("json" if output_json else "plain")
     params = parameters.load(file, overrides)
     stages = plan.plan(params, Store(), resolve.resolve(params))
+    if params.chosen:
+        screen.say(params.chosen)
     for stage in stages:
         screen.say(f"{stage.name:<13} {'cached' if stage.cached else 'would run'}")
         for reason in stage.why:
@@ -119,6 +121,8 @@ def ensure_dense(params: Params, screen: Screen) -> None:
 
 def _header(params: Params, screen: Screen) -> None:
     screen.say(f"regrow: {params.dense.source} -> {params.title}")
+    if params.chosen:
+        screen.say(params.chosen)
 
 
 def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> Decision:

@@ -63,6 +63,16 @@ class Architecture:
         setattr(model, _REMEMBERED, self)
         return model.eval()
 
+    def skeleton(self, allow_adapters: Collection[str] = ()) -> nn.Module:
+        """The network on the meta device where that works: shapes and settings without weights. Raises as `build`."""
+        if self.source == "adapter":
+            return self.build(allow_adapters)
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except ArchitectureError:
+            return self.build()  # some constructors compute with values
+
     def description(self) -> dict[str, Any]:
         """As JSON: source, name, kwargs."""
         return asdict(self)
@@ -140,7 +150,7 @@ def changes(architecture: Architecture, model: nn.Module) -> Changes:
 
     Raises ArchitectureError when more than pruning does: a module, a setting or a shape.
     """
-    skeleton = _skeleton(architecture)
+    skeleton = architecture.skeleton((architecture.name,))  # the caller holds the model that this function built
     present, built = widths(model), widths(skeleton)
     cut = {name: width for name, width in present.items() if width < built.get(name, 0)}
     found = Changes(cut, _added_biases(model, skeleton))
@@ -196,7 +206,7 @@ def _from_timm(model: nn.Module, remembered: Architecture | None) -> Architectur
     recorded = {key: value for key, value in given.items() if _is_recipe(key, value)}
     present = {key: value for key, value in _settings(model).items() if value is not None}
     kwargs = recorded | {key: value for key, value in present.items() if key == "num_classes"}
-    built = _settings(_skeleton(Architecture("timm", name, kwargs)))
+    built = _settings(Architecture("timm", name, kwargs).skeleton())
     return Architecture("timm", name, kwargs | {key: value for key, value in present.items() if value != built[key]})
 
 
@@ -221,15 +231,3 @@ def _settings(model: nn.Module) -> dict[str, Any]:
         "img_size": plain(sized),
         "global_pool": pool if isinstance(pool, str) else None,
     }
-
-
-def _skeleton(architecture: Architecture) -> nn.Module:
-    """The network on the meta device where that works: shapes and settings without weights."""
-    allowed = (architecture.name,)  # the caller holds the model that this function built
-    if architecture.source == "adapter":
-        return architecture.build(allowed)
-    try:
-        with torch.device("meta"):
-            return architecture.build()
-    except ArchitectureError:
-        return architecture.build()  # some constructors compute with values

@@ -27,6 +27,7 @@ from heal.method import (
     taps,
 )
 from heal.naming import nearest
+from heal.presets import AUTO, Named, preset, removed_by_default
 from heal.progress import Report, quiet
 from heal.pruned import apply, describe_cuts, refuse_broken
 from heal.pruners import PRUNERS
@@ -59,9 +60,9 @@ def recompress(
     model: nn.Module,
     images: Images,
     budget: Budget,
-    allocator: str | Allocator = "global_variance",
-    pruner: str | Pruner = "variance",
-    healers: Sequence[str | Healer] = ("closed_form", "starfish"),
+    allocator: str | Allocator = AUTO,
+    pruner: str | Pruner = AUTO,
+    healers: Sequence[str | Healer] = (AUTO,),
     seed: int = 0,
     report: Report = quiet,
     log: Callable[[str], None] = lambda message: None,
@@ -69,12 +70,12 @@ def recompress(
     """Prune `model` to `budget` and heal it on unlabeled `images`; the model itself is not touched.
 
     images: a float tensor [n, c, h, w], already normalised for the model, or any re-iterable of
-    such batches. Methods go by name or as instances. Raises InputError subclasses when the budget,
-    the combination or the images make no sense, before anything is computed.
+    such batches. Methods go by name or as instances; "auto" is what heal.presets takes for such a network and
+    budget. Raises InputError subclasses when the budget, the combination or the images make no sense, before anything
+    is computed.
     """
     _refuse_types(budget, healers)
-    allocate, prune = method(ALLOCATORS, allocator, "allocator"), method(PRUNERS, pruner, "pruner")
-    heal = [method(HEALERS, healer, "healer") for healer in healers]
+    allocate, prune, heal = _methods(model, budget, allocator, pruner, healers, log)
     if "labels" in allocate.needs:
         raise MethodError(
             f"allocator {name_of(allocate)} reads labels, and recompress takes none; choose another fitness"
@@ -100,6 +101,34 @@ def recompress(
     return Result(student.eval(), context.pruned, RecompressionReport(budget, allocation, cuts, tuple(healing)))
 
 
+def _methods(
+    model: nn.Module,
+    budget: Budget,
+    allocator: str | Allocator,
+    pruner: str | Pruner,
+    healers: Sequence[str | Healer],
+    log: Callable[[str], None],
+) -> tuple[Allocator, Pruner, list[Healer]]:
+    """The methods as instances, those of the preset where none is named."""
+    given = None if allocator == AUTO else method(ALLOCATORS, allocator, "allocator")
+    if given is not None and pruner != AUTO and AUTO not in healers:
+        return given, method(PRUNERS, pruner, "pruner"), [method(HEALERS, healer, "healer") for healer in healers]
+    if AUTO in healers and len(healers) > 1:
+        raise MethodError("healers: auto stands alone; drop it or the others")
+    removes = removed_by_default(model, budget) if given is None else budget.removes(given.unit)
+    chosen = preset(model, removes, has_pattern=hasattr(given, "pattern"))
+    log(f"auto: {chosen.why}")
+    wanted = chosen.healers if AUTO in healers else healers
+    return (
+        _built(ALLOCATORS, chosen.allocator) if given is None else given,
+        _built(PRUNERS, chosen.pruner) if pruner == AUTO else method(PRUNERS, pruner, "pruner"),
+        [
+            _built(HEALERS, healer) if isinstance(healer, Named) else method(HEALERS, healer, "healer")
+            for healer in wanted
+        ],
+    )
+
+
 def _refuse_types(budget: object, healers: object) -> None:
     if not isinstance(budget, Budget):
         raise BudgetError(f"budget {budget!r} has no unit; write heal.Budget(neurons=0.5) or heal.Budget(weights=0.5)")
@@ -123,6 +152,10 @@ def _refuse_images(model: nn.Module, images: Images) -> None:
         raise ImagesError(
             f"images: {type(model).__name__} cannot answer [n, {', '.join(map(str, batch.shape[1:]))}]: {first}"
         ) from error
+
+
+def _built(entries: Mapping[str, type[T]], named: Named) -> T:
+    return entries[named.name](**named.params)
 
 
 def method(entries: Mapping[str, type[T]], wanted: str | T, kind: str) -> T:

@@ -97,6 +97,39 @@ def built(recipe: Architecture, section: Dense) -> nn.Module:
         return recipe.build(section.adapter_allow)
 
 
+def skeleton(section: Dense, is_digits: bool) -> nn.Module:
+    """The network that dense.source names, without its weights where that works. Raises InputError as `resolve` does.
+
+    is_digits: whether a digits model would be trained where the registry has none.
+    """
+    from heal.architecture import Architecture
+
+    kind, name = split(section.source)
+    if kind == "timm":
+        return Architecture("timm", tagged(name).partition(".")[0], dict(section.architecture_args)).skeleton()
+    if kind in ("file", "adapter"):
+        named = section.architecture or "" if kind == "file" else section.source
+        return architecture(named, section).skeleton(section.adapter_allow)
+    if kind == "models" and is_digits and is_to_train(section):
+        from tasks import demo
+
+        return demo.ARCHITECTURE.skeleton()
+    from heal import bundle
+
+    return Architecture(**bundle.read(_folder(section))["architecture"]).skeleton(section.adapter_allow)
+
+
+def _folder(section: Dense) -> Path:
+    """Of a bundle, or of a registered version's."""
+    kind, name = split(section.source)
+    if kind == "bundle":
+        return Path(name)
+    mlflow_store.require(mlflow_store.tracking_uri())
+    from tasks import registry
+
+    return registry.fetch_bundle(section.source)
+
+
 def _of_registered(section: Dense, is_digits: bool) -> str:
     # On other images a digits model would be nonsense: then the registry says what it lacks.
     if is_digits and is_to_train(section):

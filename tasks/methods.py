@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import BaseModel, Field, JsonValue, create_model
 
-from tasks.params_schema import Section, Sections
+from tasks.params_schema import AUTO, Section, Sections
 
 if TYPE_CHECKING:
     from heal.method import Allocator, Healer, Pruner
@@ -36,11 +36,21 @@ def known(section: str) -> Mapping[str, Any]:
     return HEALERS
 
 
+def chosen_by_presets() -> set[str]:
+    """The names of all methods that `auto` may stand for."""
+    from heal.presets import taken
+
+    return taken()
+
+
 def named(sections: Sections) -> Iterator[tuple[str, str]]:
-    """(section, method) of every method that the params name, in the order of the road."""
-    yield "allocation", sections.allocation.method
-    yield "pruning", sections.pruning.method
-    yield from (("healing", method) for method in sections.healing.methods)
+    """(section, method) of every method that the params name, in the order of the road; what is `auto` names none."""
+    asked = {
+        "allocation": (sections.allocation.method,),
+        "pruning": (sections.pruning.method,),
+        "healing": sections.healing.methods,
+    }
+    yield from ((section, method) for section, names in asked.items() for method in names if method != AUTO)
 
 
 def idle(sections: Sections, overrides: Mapping[str, str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from heal.errors import MethodError
-from tasks import methods
+from tasks import auto, methods
 from tasks import params_schema as schema
 from tasks.params_check import checked
 from tasks.params_file import Json, ParamsError, Written, override, read
@@ -43,8 +43,12 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Params:
 
 
 def of(written: Written) -> Params:
-    """The params of values that were written somewhere. Raises as `load` does."""
-    params = Params(checked(written), written.places)
+    """The params of values that were written somewhere, the methods left to `auto` chosen. Raises as `load` does."""
+    sections = checked(written)
+    if auto.is_open(sections):
+        written = auto.settled(written, sections)
+        sections = checked(written)
+    params = Params(sections, written.places)
     contradictions = list(methods.contradictions(params.sections, params.where))
     if contradictions:
         raise MethodError("\n".join(contradictions))
@@ -162,6 +166,13 @@ class Params:
     def where(self, dotted: str) -> str:
         """Where a key was set: "params.yaml:12", "-S a.b=1", or "default"."""
         return Written({}, dict(self.places)).place(dotted) or "default"
+
+    @property
+    def chosen(self) -> str:
+        """What `auto` stands for, and why; empty where every method was named."""
+        keys = [f"{section}.{key}" for section, key in methods.METHOD_KEYS.items()]
+        why = next((place for place in map(self.where, keys) if place.startswith(schema.AUTO)), "")
+        return f"{why}: {', '.join(name for _, name in methods.named(self.sections))}" if why else ""
 
     def flat(self) -> dict[str, Scalar]:
         """Dotted key -> scalar, for MLflow; lists become comma-separated text."""

@@ -177,11 +177,12 @@ def _nearest_key(dotted: str, written: Written) -> str:
 
 
 def _named(section: str, written: Written) -> list[str]:
-    """The methods that a section names, or would name by default."""
+    """The methods that a section names, or may stand for by default."""
     values, key = written.values.get(section), methods.METHOD_KEYS.get(section, "")
     default = getattr(getattr(schema.Sections(), section, None), key, ())
     named = values.get(key, default) if isinstance(values, dict) else default
-    return [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
+    listed = [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
+    return sorted(methods.chosen_by_presets()) if listed == [schema.AUTO] else listed
 
 
 def _hint(wanted: str, known: Mapping[str, Any] | list[str]) -> str:

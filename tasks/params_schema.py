@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, fi
 if TYPE_CHECKING:
     from heal.values import Budget
 
+AUTO = "auto"
+"""In place of a method's name: heal.presets chooses."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -133,18 +136,18 @@ class AskedBudget(Section):
 
 
 class Allocation(MethodSection):
-    method: str = "global_variance"
+    method: str = AUTO
     budget: AskedBudget = AskedBudget(neurons=0.5)
     seed: Seed = 0
     device: Device = "auto"
 
 
 class Pruning(MethodSection):
-    method: str = "variance"
+    method: str = AUTO
 
 
 class Healing(MethodSection):
-    methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("closed_form", "starfish")
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = (AUTO,)
     seed: Seed = 0
     device: Device = "auto"
 
@@ -154,8 +157,9 @@ class Healing(MethodSection):
         for method in named:
             if named.count(method) > 1:
                 raise ValueError(f"{method} is named twice; name each healer once")
-        if "none" in named and len(named) > 1:
-            raise ValueError("none stands alone; drop it or the others")
+        for alone in ("none", AUTO):
+            if alone in named and len(named) > 1:
+                raise ValueError(f"{alone} stands alone; drop it or the others")
         return named
 
 

@@ -247,5 +247,6 @@ def test_every_module_of_the_library_weighs_on_some_key() -> None:
     reached = {name for module in modules() for name in code.closure(module, methods)}
     graph = code._graph(code.FLOORS, code._fingerprint(code._roots([])))
     library = {name for name in graph.modules if (ROOT / f"{name.replace('.', '/')}.py").is_file() and "heal." in name}
-    # What recompresses in one call, or walks over sparsities, is for notebooks; stages call one verb at a time.
-    assert library - reached <= {"heal.recompression", "heal.transition"}
+    # What recompresses in one call, or walks over sparsities, is for notebooks; stages call one verb at a time. And
+    # what `auto` stands for counts in a key by the names and params of the methods that it chose.
+    assert library - reached <= {"heal.recompression", "heal.transition", "heal.presets"}

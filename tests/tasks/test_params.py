@@ -175,11 +175,11 @@ def test_an_empty_file_and_empty_sections_mean_the_defaults(tmp_path: Path) -> N
 
 def test_methods_that_contradict_the_budget_are_refused_before_anything_runs() -> None:
     with pytest.raises(MethodError) as caught:
-        load(None, ["allocation.budget={weights: 0.5}", "allocation.method=uniform"])
+        load(CANONICAL, ["allocation.budget={weights: 0.5}", "allocation.method=uniform"])
     lines = str(caught.value).splitlines()
-    assert [line.split(" works on ")[0] for line in lines] == [
-        "default: pruning.method = variance",
-        "default: healing.methods = closed_form",
+    assert [line.partition(": ")[2].split(" works on ")[0] for line in lines] == [
+        "pruning.method = variance",
+        "healing.methods = closed_form",
     ]
     assert "choose one of: magnitude, none" in lines[0]
     assert "-S allocation.budget={weights: 0.5}" in lines[0]
