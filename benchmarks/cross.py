@@ -6,7 +6,7 @@ import argparse
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.table import Row, Table
-from heal.errors import BudgetError
+from heal.errors import BudgetError, MethodError
 from heal.evaluation import agreement, predict, top1
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.variance_matching import VarianceMatching
-from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, after, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, after, check, taps
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.statistics import capture
@@ -42,7 +42,7 @@ COLUMNS = (
     "seconds",
 )
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-POINT = ("net", "sparsity", "allocation", "repair", "seed", "test_images")
+POINT = ("net", "sparsity", "allocation", "repair", "seed", "test_images", "calibration_images")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Images:
     labels: Tensor
     subsets: Mapping[str, Tensor] = field(default_factory=dict)
     held_out: Tensor | None = None
+
+    def first(self, count: int) -> Images:
+        """The same with the first `count` calibration images alone."""
+        return replace(self, views={name: view[:count] for name, view in self.views.items()})
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,11 @@ class Cross:
         return self._answers(self.dense)
 
     def run(self, table: Table, asked: argparse.Namespace) -> None:
-        """Measure what the table lacks of the sparsities, allocations and repairs that were asked for (`options`)."""
+        """Measure what the table lacks of what was asked for (`options`)."""
+        for count in asked.counts:
+            Cross(self.net, self.dense, self.images.first(count), self.seed, self.methods).run(table, _all_of(asked))
+        if asked.counts:
+            return
         self.asked = asked.allocations, asked.repairs
         for sparsity in asked.sparsities:
             for allocation in asked.allocations:
@@ -132,9 +140,8 @@ class Cross:
 
     def _run(self, table: Table, sparsity: float, allocation: str, repairs: list[str]) -> None:
         known = table.known()
-        for row in self.rows(
-            sparsity, allocation, [r for r in repairs if self._point(sparsity, allocation, r) not in known]
-        ):
+        missing = [repair for repair in repairs if self._point(sparsity, allocation, repair) not in known]
+        for row in self.rows(sparsity, allocation, [r for r in missing if self._makes_sense(sparsity, allocation, r)]):
             table.add([row])
             print(*(f"{key}={row[key]}" for key in (*COLUMNS[:8], "seconds")), flush=True)
 
@@ -160,8 +167,18 @@ class Cross:
             context = after(context, report)
         return student
 
+    def _makes_sense(self, sparsity: float, allocation: str, repair: str) -> bool:
+        allocator, healers = self.methods.allocations[allocation], self.methods.repairs[repair].healers
+        try:
+            check(self.dense, Budget(**{allocator.unit: sparsity}), allocator, self.methods.pruner(allocation), healers)
+        except MethodError as error:
+            print(f"{self.net} {allocation}, {repair}: {error}", flush=True)
+            return False
+        return True
+
     def _point(self, sparsity: float, allocation: str, repair: str) -> tuple[str, ...]:
-        return self.net, f"{sparsity:g}", allocation, repair, str(self.seed), str(len(self.images.test))
+        counts = str(len(self.images.test)), str(len(self.images.views["plain"]))
+        return self.net, f"{sparsity:g}", allocation, repair, str(self.seed), *counts
 
     def _allocated(self, name: str, sparsity: float) -> Allocation | None:
         images = self.images.views["plain"]
@@ -217,8 +234,13 @@ def options(
     )
     parser.add_argument("--repairs", nargs="*", default=list(repairs), choices=list(methods.repairs))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--counts", nargs="*", type=int, default=[], help="calibration images, the first so many")
     parser.add_argument("--threads", type=int, default=1)
     return parser
+
+
+def _all_of(asked: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(asked), "counts": []})
 
 
 def with_weights(model: nn.Module, path: Path) -> nn.Module:
@@ -236,6 +258,7 @@ def table_of(
 
     def rank(row: Row) -> tuple[Any, ...]:
         names = (order.get(row["allocation"], 99), order.get(row["repair"], 99))
-        return row["net"], float(row["sparsity"]), *names, int(row["seed"]), int(row["test_images"])
+        counts = int(row["test_images"]), int(row["calibration_images"])
+        return row["net"], float(row["sparsity"]), *names, int(row["seed"]), *counts
 
     return Table(path, COLUMNS + subsets, POINT, rank)

@@ -1,8 +1,10 @@
-"""DeiT-Tiny cut on ImageNet: rankings x healers at 20 to 60 % of the hidden neurons; measures what the table lacks.
+"""DeiT-Tiny cut on ImageNet: rankings x healers at 20 to 60 % of the channels; measures what the table lacks.
 
     python benchmarks/deit_cuts.py --data ../shared/data                                   # without training
     python benchmarks/deit_cuts.py --sparsities 0.5 --allocations vbp --repairs "ridge + starfish"
+    python benchmarks/deit_cuts.py --sparsities 0.3 0.5 --allocations qk --repairs none logits  # "logits": compensated
 
+Channels are hidden neurons, of "qk", "v" and "heads" those of attention, of "mlp, qk, v" each kind's same share.
 Nothing is folded by the cut itself: "none" drops the neurons, "mean" puts their mean into the next bias. 1 000
 unlabeled calibration images, all there are, so a seed changes the order of training alone; 1 397 test images of three
 sources, reported apart. Writes deit_cuts.csv; crosses_page.py makes the tables of it.
@@ -24,6 +26,7 @@ from heal.healers.blockwise import Blockwise  # noqa: E402
 from heal.healers.closed_form import ClosedForm  # noqa: E402
 from heal.healers.distill import Distill  # noqa: E402
 from heal.healers.mean_folding import MeanFolding  # noqa: E402
+from heal.healers.qk_compensation import QkCompensation  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
 from heal.method import Allocator, Pruner  # noqa: E402
 from heal.pruners import filter_norm as filter_norm_cut  # noqa: E402
@@ -37,9 +40,13 @@ RANKINGS: dict[str, tuple[Allocator, Pruner]] = {
     "vbp denoised": (GlobalVariance(statistic="denoised"), Variance(fold_mean=False, statistic="denoised")),
     "filter norm": (filter_norm.FilterNorm(), filter_norm_cut.FilterNorm()),
     "snip": (snip.Snip(), snip_cut.Snip()),
+    "qk": (GlobalVariance(kinds=("qk",)), Variance(fold_mean=False)),
+    "v": (GlobalVariance(kinds=("v",)), Variance(fold_mean=False)),
+    "heads": (GlobalVariance(kinds=("heads",)), Variance(fold_mean=False)),
+    "mlp, qk, v": (GlobalVariance(kinds=("mlp", "qk", "v")), Variance(fold_mean=False)),
 }
 ALLOCATIONS = {name: allocator for name, (allocator, _) in RANKINGS.items()}
-RIDGE, SEQUENTIAL = ClosedForm(), ClosedForm(inputs="pruned")
+RIDGE, SEQUENTIAL, LOGITS = ClosedForm(), ClosedForm(inputs="pruned"), QkCompensation()
 REPAIRS: dict[str, Repair] = {
     "none": Repair(),
     "mean": Repair((MeanFolding(),)),
@@ -58,8 +65,12 @@ REPAIRS: dict[str, Repair] = {
     "ridge + blockwise, 300 steps": Repair((RIDGE, Blockwise(steps=300))),
     "sequential ridge + starfish, affine": Repair((SEQUENTIAL, Starfish(affine=True))),
     "sequential ridge + starfish, kl": Repair((SEQUENTIAL, Starfish(kl=0.1))),
+    "logits": Repair((LOGITS,)),
+    "logits + starfish": Repair((LOGITS, Starfish())),
+    "logits, ridge": Repair((LOGITS, RIDGE)),
+    "logits, ridge + starfish": Repair((LOGITS, RIDGE, Starfish())),
 }
-FREE = [name for name in REPAIRS if not any(word in name for word in ("starfish", "distill", "blockwise"))]
+FREE = [name for name in REPAIRS if not any(word in name for word in ("starfish", "distill", "blockwise", "logits"))]
 METHODS = Methods(
     ALLOCATIONS, REPAIRS, batch_size=32, measured=1000, pruners={name: pruner for name, (_, pruner) in RANKINGS.items()}
 )
