@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from heal.errors import ArchitectureError, ImagesError, NumericalError
-from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array
 from heal.modes import evaluating, listening
-from heal.pruned import kept
+from heal.pruned import kept, left
 from heal.values import ChannelCut, Mask
 
 EPS = 1e-12
@@ -64,10 +63,10 @@ def alignment(
 ) -> dict[str, float]:
     """Mean cosine per block between student and teacher over the first `limit` images; 1 is perfect.
 
-    pruned: what was cut: of a state that lost channels those that stay are compared. Raises ArchitectureError where
-    the table does not say which.
+    pruned: what was cut: of a state that lost channels those that stay are compared, of a block that was dropped
+    nothing. Raises ArchitectureError where the table does not say which.
     """
-    family, keep = describe(teacher), kept(teacher, pruned, "blocks") if pruned else {}
+    family, keep = left(teacher, pruned), kept(teacher, pruned, "blocks") if pruned else {}
     sums, weight = dict.fromkeys(family.blocks, 0.0), 0
     device = next(teacher.parameters()).device
     with (
@@ -102,7 +101,7 @@ class Answer:
 class TeacherStates:
     """The teacher's states and logits, computed once a batch; of states float16 unit rows.
 
-    `pruned`: what was cut of the student; states then have the channels that stay.
+    `pruned`: what was cut of the student; states then have the channels that stay, and blocks that were dropped none.
     Cosines need directions only, so unit rows are kept: float16 then cannot overflow. They stay in
     memory up to `cache_bytes`, on disk (a memory-mapped file) up to `spill_bytes`, and are computed
     again beyond; the values are the same in all three cases.
@@ -117,7 +116,7 @@ class TeacherStates:
         log: Callable[[str], None],
         pruned: Mask | ChannelCut | None = None,
     ) -> None:
-        self.teacher, self.family, self.replay = teacher, describe(teacher), replay
+        self.teacher, self.family, self.replay = teacher, left(teacher, pruned), replay
         self.kept = kept(teacher, pruned, "blocks") if pruned else {}
         self.cache_bytes, self.spill_bytes, self.log = cache_bytes, spill_bytes, log
         self.buffer: Tensor | None = None

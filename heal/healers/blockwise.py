@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from heal.errors import MethodError
-from heal.families.lookup import describe
 from heal.healers.layer_batches import Drawn, Pair, Site, numbered
 from heal.images import Images, generator
 from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.progress import quiet
-from heal.pruned import kept
+from heal.pruned import kept, left
 from heal.states import alignment
 from heal.training import Schedule, Step, Training, fit
 
@@ -55,7 +54,7 @@ class Blockwise:
         began = time.perf_counter()
         before = alignment(student, teacher, images, context.pruned)
         batches, losses = numbered(images, self.batch_size), list[float]()
-        family, stay = describe(teacher), kept(teacher, context.pruned, "blocks")
+        family, stay = left(teacher, context.pruned), kept(teacher, context.pruned, "blocks")
         with evaluating(student), evaluating(teacher):
             for done, block in enumerate(family.blocks, start=1):
                 drawn = generator(context.seed, f"blockwise batches of {block}")

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from heal.errors import MethodError
-from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array, shuffled
 from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.naming import refuse_unknown
+from heal.pruned import left
 from heal.soft_answers import softened_kl
 from heal.states import Answer, TeacherStates, alignment, block_outputs, cosine, rows
 from heal.training import Schedule, Step, Training, fit, precision_on
@@ -42,8 +42,8 @@ class Starfish:
 
     Ours, and off: affine: every vector trains, too (biases, norms, layer scales). mse: weight, >= 0, of the squared
     error of the states over the mean square of the teacher's; the cosine is blind to their lengths. kl: weight, >= 0,
-    of T^2 KL(teacher's classes, student's) at temperature T, > 0; 2. depth: exponent, >= 0, of a block's number in
-    its share of the loss; 0 is the plain mean.
+    of T^2 KL(teacher's classes, student's) at temperature T, > 0; 2. depth: exponent, >= 0, of a block's number
+    among those that stay in its share of the loss; 0 is the plain mean.
     """
 
     unit: ClassVar[str] = "any"
@@ -102,7 +102,7 @@ class Starfish:
         schedule: Schedule,
         context: HealContext,
     ) -> tuple[float, ...]:
-        family = describe(teacher)
+        family = left(teacher, context.pruned)
         weights = {f"{layer}.weight" for layer in family.layers}
         trainable = {
             name: parameter
