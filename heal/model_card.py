@@ -14,7 +14,7 @@ def card(description: Mapping[str, Any], bytes_of_weights: int) -> str:
     lines = [*_front_matter(description), "", f"# {description['architecture']['name'].rpartition(':')[2]}", ""]
     lines += [*_facts(description, bytes_of_weights), "", *_use(description), "", *_plain_timm(description)]
     lines += [*_table("Channels that were cut", "kept", description["channels"])]
-    lines += [*_table("Blocks that were dropped", "", dict.fromkeys(description["dropped"], "its input passes on"))]
+    lines += [*_table("Blocks that were dropped", "in its place", dict.fromkeys(description["dropped"], "its input"))]
     lines += [*_table("Metrics", "value", description["metrics"] or {})]
     return "\n".join(lines) + "\n"
 
