@@ -29,6 +29,21 @@ def left(model: nn.Module, pruned: Mask | ChannelCut | None) -> Family:
     return describe(model).without(pruned.dropped if isinstance(pruned, ChannelCut) else ())
 
 
+def goals(model: nn.Module, pruned: Mask | ChannelCut | None) -> dict[str, str]:
+    """Of every block of the student whose output is compared, the dense block that it is compared with: itself.
+
+    Where the last blocks were dropped, nothing behind them would ask for what they did. Then the last that stays is
+    compared with the last of all; with a whole stage gone, what stands in the place of that one.
+    """
+    blocks, stay = describe(model).blocks, left(model, pruned).blocks
+    found = {block: block for block in stay}
+    if blocks[-1:] != stay[-1:]:
+        last = blocks[-1]
+        is_followed_by_nothing = bool(stay) and stay[-1].rpartition(".")[0] == last.rpartition(".")[0]
+        found[stay[-1] if is_followed_by_nothing else last] = last
+    return found
+
+
 def kept(
     model: nn.Module, pruned: Mask | ChannelCut, of: Literal["blocks", "followers", "producers"]
 ) -> dict[str, Tensor]:

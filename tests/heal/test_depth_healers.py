@@ -19,7 +19,7 @@ from heal.healers.starfish import Starfish
 from heal.healers.variance_matching import VarianceMatching
 from heal.images import Replay, generator
 from heal.method import HealContext, Healer
-from heal.pruned import apply, left
+from heal.pruned import apply, goals, left
 from heal.states import TeacherStates, alignment
 from heal.values import Budget, ChannelCut
 from tests.heal import nets
@@ -104,6 +104,40 @@ def test_alignment_and_cached_states_leave_out_what_was_dropped() -> None:
         assert found[block] == pytest.approx(float(rows.mean()), abs=1e-5)
     cached = TeacherStates(dense, Replay(images(4), 4), 2**20, 0, lambda _: None, context.pruned)
     assert tuple(found) == tuple(cached.of(0, images(4)).units) == stay
+
+
+def test_where_the_last_blocks_went_the_last_that_stays_gives_what_they_gave() -> None:
+    """Every state before the gap is the dense one: compared with those alone, there would be nothing to heal."""
+    dense, student, context = shallower("vit", "blocks.1", "blocks.2")
+    assert goals(dense, context.pruned) == {"blocks.0": "blocks.2"}
+    (ours,), (theirs,) = states(student, ("blocks.0",), images(4)), states(dense, ("blocks.2",), images(4))
+    expected = float(F.cosine_similarity(ours, theirs, dim=-1).mean())
+    assert alignment(student, dense, images(4), context.pruned) == {"blocks.0": pytest.approx(expected, abs=1e-5)}
+    with torch.no_grad():
+        before = float((student(images(16)) - dense(images(16))).norm())
+    for healer in (Starfish(epochs=10, batch_size=8, lr=1e-3), Blockwise(steps=40, batch_size=8, lr=1e-3)):
+        healed = copy.deepcopy(student)
+        report = healer.heal(healed, dense, images(16), context)
+        assert report.alignment_after["blocks.0"] > report.alignment_before["blocks.0"] + 0.01
+        with torch.no_grad():
+            assert float((healed(images(16)) - dense(images(16))).norm()) < before
+
+
+def test_where_a_whole_last_stage_went_what_stands_there_is_compared() -> None:
+    dense, student, context = shallower("swin", "layers.1.blocks.0", "layers.1.blocks.1")
+    last = "layers.1.blocks.1"
+    first = ("layers.0.blocks.0", "layers.0.blocks.1")
+    assert goals(dense, context.pruned) == {name: name for name in (*first, last)}
+    for healer in (Starfish(epochs=5, batch_size=4, lr=1e-3), Blockwise(steps=2, batch_size=4)):
+        report = healer.heal(student, dense, images(8), context)
+        assert list(report.alignment_after) == [*first, last]
+
+
+def test_goals_are_the_blocks_themselves_where_the_last_one_stays() -> None:
+    dense, _, context = shallower("mobilenetv3")
+    stay = left(dense, context.pruned).blocks
+    assert goals(dense, context.pruned) == dict(zip(stay, stay, strict=True))
+    assert goals(nets.build("vgg"), None) == {name: name for name in describe(nets.build("vgg")).blocks}
 
 
 def test_blockwise_is_a_loop_over_the_blocks_that_stay() -> None:
