@@ -6,17 +6,17 @@ import importlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from heal.errors import ArchitectureError
-from heal.families.lookup import OWN_TABLE
+from heal.families.lookup import OWN_TABLE, describe
 from heal.naming import nearest
 from heal.sameness import first_difference, plain
-from heal.surgery import shrink, widths
+from heal.surgery import drop, shrink, widths
 
 SOURCES = ("timm", "adapter")
 
@@ -109,17 +109,19 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Changes:
-    """What pruning did to the shapes of an architecture.
+    """What pruning did to an architecture.
 
-    channels: the present width of every group that was cut. biases: layers without a bias that were
-    given one (methods that fold what is lost into the next layer do that).
+    dropped: the blocks that went. channels: the present width of every group that was cut. biases: layers without a
+    bias that were given one (methods that fold what is lost into the next layer do that).
     """
 
     channels: Mapping[str, int] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> None:
-        """Give a freshly built network these shapes. Raises ArchitectureError where they do not fit."""
+        """Do it to a freshly built network. Raises ArchitectureError where it does not fit."""
+        drop(model, self.dropped)
         shrink(model, self.channels)
         modules = dict(model.named_modules())
         for name in self.biases:
@@ -151,10 +153,12 @@ def changes(architecture: Architecture, model: nn.Module) -> Changes:
     Raises ArchitectureError when more than pruning does: a module, a setting or a shape.
     """
     skeleton = architecture.skeleton((architecture.name,))  # the caller holds the model that this function built
+    dropped = _dropped(model, skeleton)
+    drop(skeleton, dropped)
     present, built = widths(model), widths(skeleton)
     cut = {name: width for name, width in present.items() if width < built.get(name, 0)}
-    found = Changes(cut, _added_biases(model, skeleton))
-    found.apply(skeleton)
+    narrow = Changes(cut, _added_biases(model, skeleton))
+    narrow.apply(skeleton)
     difference = first_difference(model, skeleton)
     if difference and hasattr(model, OWN_TABLE) and not hasattr(skeleton, OWN_TABLE):
         raise ArchitectureError(
@@ -167,7 +171,12 @@ def changes(architecture: Architecture, model: nn.Module) -> Changes:
             f"{architecture.source}:{architecture.name} with {dict(architecture.kwargs)} does not build this "
             f"{type(model).__name__}: {difference}; pass architecture=heal.Architecture(source, name, kwargs)"
         )
-    return found
+    return replace(narrow, dropped=dropped)
+
+
+def _dropped(model: nn.Module, skeleton: nn.Module) -> tuple[str, ...]:
+    modules = dict(model.named_modules())
+    return tuple(name for name in describe(skeleton).droppable if isinstance(modules.get(name), nn.Identity))
 
 
 def _added_biases(model: nn.Module, skeleton: nn.Module) -> tuple[str, ...]:

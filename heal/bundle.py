@@ -69,7 +69,7 @@ def load(folder: Folder, allow_adapters: Collection[str] = ()) -> nn.Module:
     model = Architecture(**description["architecture"]).build(allow_adapters)
     adopt_preprocessing(model, description["preprocessing"] or {})
     with _naming(Path(folder)):
-        Changes(description["channels"], tuple(description["biases"])).apply(model)
+        _changes(description).apply(model)
         _check_fits(model.state_dict(), description["tensors"])
         _fill(model, decode(files[WEIGHTS], description["tensors"]))
     return model.eval()
@@ -122,8 +122,12 @@ def _described(model: nn.Module, recipe: Architecture, found: Changes, metadata:
         raise BundleError(f"metadata: {len(names)} class_names for a model of {classes} classes; name each class once")
     if known["preprocessing"] is None:
         known["preprocessing"] = preprocessing(model, recipe.kwargs)
-    shapes = {"channels": dict(found.channels), "biases": list(found.biases)}
+    shapes = {"channels": dict(found.channels), "biases": list(found.biases), "dropped": list(found.dropped)}
     return {"format": FORMAT, "version": VERSION, "architecture": recipe.description(), **shapes, **known}
+
+
+def _changes(description: Mapping[str, Any]) -> Changes:
+    return Changes(description["channels"], tuple(description["biases"]), tuple(description["dropped"]))
 
 
 def _kept(model: nn.Module, mask: Mask | None) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "architecture": (dict,),
     "channels": (dict,),
     "biases": (list,),
+    "dropped": (list,),
     "tensors": (dict,),
     "dtype": (str,),
     "files": (dict,),
@@ -85,6 +86,7 @@ def parse(data: bytes, where: Path) -> dict[str, Any]:
         raise BundleError(f'{where} does not say "format": "{FORMAT}"; it is not a bundle')
     if type(found.get("version")) is not int or found["version"] != VERSION:
         raise BundleError(f"{where} is of version {found.get('version')!r}, this reads {VERSION}; upgrade regrow")
+    found.setdefault("dropped", [])  # bundles of 0.1 have no such key
     problem = next(_problems(found), None)
     if problem:
         raise BundleError(f"{where}: {problem}; fetch or save the bundle again")
@@ -145,7 +147,7 @@ def _wrong_types(found: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]
         elif not isinstance(found[key], _TYPES[key]):
             names = " or ".join("null" if t is type(None) else t.__name__ for t in _TYPES[key])
             yield f"{key!r} is a {type(found[key]).__name__}, not {names}"
-    for key in ("class_names", "biases"):
+    for key in ("class_names", "biases", "dropped"):
         if not all(isinstance(name, str) for name in found.get(key) or ()):
             yield f"{key!r} are not all strings"
 

@@ -13,7 +13,7 @@ from heal.channels import pool, second_moment_tap
 from heal.errors import ArchitectureError, MethodError
 from heal.families.discovery import batch_norms
 from heal.families.family import HIDDEN, Family
-from heal.families.lookup import cuttable_or_raise, describe
+from heal.families.lookup import cuttable_or_raise, describe, droppable_or_raise
 from heal.families.parts import parts
 from heal.healer_rules import refuse_idle, refuse_order
 from heal.images import Images
@@ -170,9 +170,11 @@ def _refuse_no_group(model: nn.Module, who: str, kinds: list[str]) -> None:
 
 
 def refuse_unit(model: nn.Module, removed: str) -> None:
-    """Raise ArchitectureError when the family's table cannot serve what goes, weights or neurons."""
+    """Raise ArchitectureError when the family's table cannot serve what goes: weights, neurons or blocks."""
     if removed == "neurons":
         cuttable_or_raise(model)
+    if removed == "blocks":
+        droppable_or_raise(model)
 
 
 def taps(model: nn.Module, methods: Iterable[Allocator | Pruner | Healer]) -> dict[str, bool]:

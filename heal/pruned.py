@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from heal import masking, surgery
 from heal.errors import WeightsError
-from heal.families.family import ChannelGroup
+from heal.families.family import ChannelGroup, Family
 from heal.families.lookup import describe
 from heal.values import ChannelCut, Mask
 
@@ -24,22 +24,43 @@ def apply(model: nn.Module, pruned: Mask | ChannelCut) -> None:
         surgery.cut(model, pruned)
 
 
+def left(model: nn.Module, pruned: Mask | ChannelCut | None) -> Family:
+    """The dense model's table, without the blocks that were dropped: a student has none of what is in them."""
+    return describe(model).without(pruned.dropped if isinstance(pruned, ChannelCut) else ())
+
+
+def goals(model: nn.Module, pruned: Mask | ChannelCut | None) -> dict[str, str]:
+    """Of every block of the student whose output is compared, the dense block that it is compared with: itself.
+
+    Where the last blocks were dropped, nothing behind them would ask for what they did. Then the last that stays is
+    compared with the last of all; with a whole stage gone, what stands in the place of that one.
+    """
+    blocks, stay = describe(model).blocks, left(model, pruned).blocks
+    found = {block: block for block in stay}
+    if blocks[-1:] != stay[-1:]:
+        last = blocks[-1]
+        is_followed_by_nothing = bool(stay) and stay[-1].rpartition(".")[0] == last.rpartition(".")[0]
+        found[stay[-1] if is_followed_by_nothing else last] = last
+    return found
+
+
 def kept(
     model: nn.Module, pruned: Mask | ChannelCut, of: Literal["blocks", "followers", "producers"]
 ) -> dict[str, Tensor]:
     """Of every such module of the groups that were cut, by the dense model's table, the channels that stay [k]."""
     if isinstance(pruned, Mask):
         return {}
-    groups = describe(model).cuttable
+    groups = left(model, pruned).cuttable
     return {module: keep for name, keep in pruned.keep.items() for module in getattr(groups[name], of)}
 
 
 def describe_cuts(model: nn.Module, pruned: Mask | ChannelCut) -> tuple[str, ...]:
-    """One line a layer: "producer -> consumer: kept of all"."""
+    """One line a layer: "producer -> consumer: kept of all"; and one a block that goes: "block: dropped"."""
     if isinstance(pruned, Mask):
         return tuple(f"{layer}: {int(k.count_nonzero())} of {k.numel()} weights" for layer, k in pruned.keep.items())
-    groups = describe(model).cuttable
-    return tuple(f"{_ends(groups[name])}: {kept} of {pruned.total[name]}" for name, kept in pruned.kept.items())
+    groups = left(model, pruned).cuttable
+    narrower = (f"{_ends(groups[name])}: {kept} of {pruned.total[name]}" for name, kept in pruned.kept.items())
+    return (*narrower, *(f"{block}: dropped" for block in pruned.dropped))
 
 
 def _ends(group: ChannelGroup) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ from heal.errors import ArchitectureError, ImagesError, NumericalError
 from heal.families.lookup import describe
 from heal.images import Images, Replay, is_array
 from heal.modes import evaluating, listening
-from heal.pruned import kept
+from heal.pruned import goals, kept
 from heal.values import ChannelCut, Mask
 
 EPS = 1e-12
@@ -25,7 +25,7 @@ Layout = Literal["tokens", "maps"]
 
 
 @contextmanager
-def block_outputs(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+def block_outputs(model: nn.Module, blocks: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """A dict that holds, after each forward pass, every block's output (with its gradient).
 
     Of a block that gives several values the first tensor counts. Raises ArchitectureError in the
@@ -64,25 +64,26 @@ def alignment(
 ) -> dict[str, float]:
     """Mean cosine per block between student and teacher over the first `limit` images; 1 is perfect.
 
-    pruned: what was cut: of a state that lost channels those that stay are compared. Raises ArchitectureError where
-    the table does not say which.
+    pruned: what was cut: of a state that lost channels those that stay are compared, of a block that was dropped
+    nothing (`goals`). Raises ArchitectureError where the table does not say which.
     """
-    family, keep = describe(teacher), kept(teacher, pruned, "blocks") if pruned else {}
-    sums, weight = dict.fromkeys(family.blocks, 0.0), 0
+    layout, asked = describe(teacher).states, goals(teacher, pruned)
+    keep = kept(teacher, pruned, "blocks") if pruned else {}
+    sums, weight = dict.fromkeys(asked, 0.0), 0
     device = next(teacher.parameters()).device
     with (
         evaluating(student),
         evaluating(teacher),
         torch.inference_mode(),
-        block_outputs(student, family.blocks) as ours,
-        block_outputs(teacher, family.blocks) as theirs,
+        block_outputs(student, asked) as ours,
+        block_outputs(teacher, asked.values()) as theirs,
     ):
         for batch in Replay(images, 32):
             student(batch.to(device)), teacher(batch.to(device))
-            for block in family.blocks:
-                wanted = chosen(theirs[block], family.states, keep.get(block))
+            for block, goal in asked.items():
+                wanted = chosen(theirs[goal], layout, keep.get(block))
                 _refuse_unlike(block, ours[block], wanted)
-                found, unit = rows(ours[block], family.states), _unit(rows(wanted, family.states))
+                found, unit = rows(ours[block], layout), _unit(rows(wanted, layout))
                 sums[block] += len(batch) * float(cosine(found, unit))
             weight += len(batch)
             if weight >= limit:
@@ -102,7 +103,7 @@ class Answer:
 class TeacherStates:
     """The teacher's states and logits, computed once a batch; of states float16 unit rows.
 
-    `pruned`: what was cut of the student; states then have the channels that stay.
+    `pruned`: what was cut of the student; states then have the channels that stay, and are those of `goals`.
     Cosines need directions only, so unit rows are kept: float16 then cannot overflow. They stay in
     memory up to `cache_bytes`, on disk (a memory-mapped file) up to `spill_bytes`, and are computed
     again beyond; the values are the same in all three cases.
@@ -117,7 +118,8 @@ class TeacherStates:
         log: Callable[[str], None],
         pruned: Mask | ChannelCut | None = None,
     ) -> None:
-        self.teacher, self.family, self.replay = teacher, describe(teacher), replay
+        self.teacher, self.layout, self.replay = teacher, describe(teacher).states, replay
+        self.goals = goals(teacher, pruned)
         self.kept = kept(teacher, pruned, "blocks") if pruned else {}
         self.cache_bytes, self.spill_bytes, self.log = cache_bytes, spill_bytes, log
         self.buffer: Tensor | None = None
@@ -137,7 +139,7 @@ class TeacherStates:
             return self._computed(index, batch)
         assert self.buffer is not None
         units = {}
-        for block in self.family.blocks:
+        for block in self.goals:
             start, shape = self.places[index, block]
             units[block] = self.buffer[start : start + shape.numel()].view(shape).to(batch.device).float()
         lengths, logits = self.beside[index]
@@ -158,10 +160,10 @@ class TeacherStates:
         self.beside.clear()
 
     def _computed(self, index: int, batch: Tensor) -> Answer:
-        with torch.no_grad(), block_outputs(self.teacher, self.family.blocks) as outputs:
+        with torch.no_grad(), block_outputs(self.teacher, self.goals.values()) as outputs:
             logits = self.teacher(batch)
-        layout = self.family.states
-        stay = {block: chosen(outputs[block], layout, self.kept.get(block)) for block in self.family.blocks}
+        layout = self.layout
+        stay = {block: chosen(outputs[goal], layout, self.kept.get(block)) for block, goal in self.goals.items()}
         found = {block: rows(state, layout) for block, state in stay.items()}
         lengths = {block: _length(state) for block, state in found.items()}
         halves = {block: (state / lengths[block].unsqueeze(-1)).half() for block, state in found.items()}

@@ -1,8 +1,8 @@
-"""The only slicer: cuts channels out of a model, so that its tensors get smaller."""
+"""The only slicer: cuts channels and blocks out of a model, so that its tensors get smaller and fewer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from heal.families.family import ChannelGroup, Family
 from heal.families.heads import Heads
 from heal.families.lookup import cuttable_or_raise, describe
 from heal.families.narrow_attention import NarrowAttention
+from heal.families.skips import Dropped
 from heal.masking import write
 from heal.naming import nearest
 from heal.values import ChannelCut
@@ -27,13 +28,15 @@ SIZES = {  # attributes that say how many channels there are, by the side that i
 
 
 def cut(model: nn.Module, chosen: ChannelCut, family: Family | None = None) -> None:
-    """Write the cut's updates, then slice every chosen group in place; nothing changes when something does not fit.
+    """Write the cut's updates, slice every chosen group in place, then drop blocks; nothing changes when something
+    does not fit.
 
     New parameters keep requires_grad, dtype and device; optimisers made before hold the old ones.
     An attention whose heads lose dimensions is replaced by a NarrowAttention around the same layers.
-    Raises ArchitectureError when a group is unknown, of another width, or cannot be sliced, MethodError when heads
-    and dimensions of one attention are to go at once.
+    Raises ArchitectureError when a group is unknown, of another width, or cannot be sliced, or a block cannot be
+    dropped, MethodError when heads and dimensions of one attention are to go at once.
     """
+    _refuse_undroppable(model, chosen.dropped, family)
     groups = _fitting(model, chosen, family)
     write(model, chosen.updates)
     for group, keep in groups:
@@ -43,6 +46,34 @@ def cut(model: nn.Module, chosen: ChannelCut, family: Family | None = None) -> N
                 _slice(model.get_submodule(module), side, indices[side])
         if group.attention:
             _settle(model, group, keep)
+    drop(model, chosen.dropped, family)
+
+
+def drop(model: nn.Module, blocks: Collection[str], family: Family | None = None) -> None:
+    """Let the input of every such block pass on in its place. Raises ArchitectureError where that is another network:
+    the block does not add to its input."""
+    _refuse_undroppable(model, blocks, family)
+    for block in blocks:
+        swap(model, block, Dropped())
+
+
+def swap(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put another module in the place of one; gives the one that stood there."""
+    parent, _, child = name.rpartition(".")
+    before = model.get_submodule(name)
+    setattr(model.get_submodule(parent), child, module)
+    return before
+
+
+def _refuse_undroppable(model: nn.Module, blocks: Collection[str], family: Family | None) -> None:
+    able = (family or describe(model)).droppable if blocks else ()
+    other = [block for block in blocks if block not in able]
+    if other:
+        known = nearest(other[0], able) if able else "it has none that do"
+        raise ArchitectureError(
+            f"cut: {type(model).__name__} has no block {other[0]!r} that adds what it computes to its input, so it "
+            f"cannot be dropped; {known}"
+        )
 
 
 def widths(model: nn.Module, family: Family | None = None) -> dict[str, int]:
@@ -91,8 +122,7 @@ def _settle(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
         attention.num_heads = len(keep)
     if group.kind != "heads" or not hasattr(attention, "attn_dim"):  # older timm takes it for the width of tokens
         attention = NarrowAttention(attention)
-        parent, _, name = group.attention.rpartition(".")
-        setattr(model.get_submodule(parent), name, attention)
+        swap(model, group.attention, attention)
     heads = Heads.of(attention)
     attention.head_dim, attention.attn_dim = heads.v, heads.number * heads.v
 
@@ -101,7 +131,7 @@ def _fitting(model: nn.Module, chosen: ChannelCut, family: Family | None) -> lis
     """The chosen groups that lose channels, each checked against the model. Raises ArchitectureError."""
     if not chosen.keep:
         return []
-    groups = (family or cuttable_or_raise(model)).cuttable
+    groups = (family or cuttable_or_raise(model)).without(chosen.dropped).cuttable
     owners = _owners(model)
     for name, total in chosen.total.items():
         if name not in groups:

@@ -13,26 +13,27 @@ from torch import Tensor
 
 from heal.errors import BudgetError, NumericalError
 
-UNITS = ("weights", "neurons", "macs")
+UNITS = ("weights", "neurons", "blocks", "macs")
 
 
 @dataclass(frozen=True)
 class Budget:
     """How much to remove: one fraction in [0, 1), named by its unit.
 
-    `weights` counts the weights of the pool (masks), `neurons` the channels that can be cut (cuts). `macs` counts
-    multiply-accumulates of one image: of masks the weights of the pool, each as often as it is used, of cuts the
-    whole network's. Raises BudgetError unless exactly one is given.
+    `weights` counts the weights of the pool (masks), `neurons` the channels that can be cut, `blocks` the blocks that
+    can be dropped (cuts). `macs` counts multiply-accumulates of one image: of masks the weights of the pool, each as
+    often as it is used, of cuts the whole network's. Raises BudgetError unless exactly one is given.
     """
 
     weights: float | None = None
     neurons: float | None = None
     macs: float | None = None
+    blocks: float | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in UNITS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise BudgetError(f"a budget names exactly one unit, weights, neurons or macs; got {given or 'none'}")
+            raise BudgetError(f"a budget names exactly one unit of {', '.join(UNITS)}; got {given or 'none'}")
         if not 0 <= self.fraction < 1:
             hint = f"; did you mean {self.fraction / 100:g}?" if 1 <= self.fraction < 100 else ""
             raise BudgetError(
@@ -41,11 +42,11 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """`weights`, `neurons` or `macs`."""
+        """`weights`, `neurons`, `blocks` or `macs`."""
         return next(name for name in UNITS if getattr(self, name) is not None)
 
     def removes(self, allocator_unit: str) -> str:
-        """What goes, `weights` or `neurons`: MACs are saved by whichever the allocator removes."""
+        """What goes, `weights`, `neurons` or `blocks`: MACs are saved by whichever the allocator removes."""
         return allocator_unit if self.unit == "macs" else self.unit
 
     @property
@@ -83,7 +84,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many of each layer stay: weights of a prunable layer, or channels of a group.
+    """How many of each layer stay: weights of a prunable layer, channels of a group, or 0 or 1 of a block.
 
     `kept` and `total` map a dotted name to a count; `asked` is the number the budget asked for.
     `cost`: what one of a layer's weights costs of the budget, if not 1 (MACs). `evidence`: what the
@@ -99,8 +100,8 @@ class Allocation:
     pattern: NM | None = None
 
     def __post_init__(self) -> None:
-        if self.unit not in ("weights", "neurons"):
-            raise BudgetError(f"an allocation is in weights or neurons, not {self.unit!r}")
+        if self.unit not in ("weights", "neurons", "blocks"):
+            raise BudgetError(f"an allocation is in weights, neurons or blocks, not {self.unit!r}")
         if self.kept.keys() != self.total.keys():
             raise BudgetError("an allocation must say kept and total for the same layers")
         for layer, kept in self.kept.items():
@@ -109,8 +110,8 @@ class Allocation:
 
     @property
     def budget(self) -> dict[str, str | int]:
-        """What the budget counts (`unit`: weights, neurons or macs), and of that `asked`, `got` and the `total`."""
-        macs = self.evidence.get("macs") if self.unit == "neurons" else None
+        """What the budget counts (`unit`: one of UNITS), and of that `asked`, `got` and the `total`."""
+        macs = self.evidence.get("macs") if self.unit != "weights" else None
         if macs is not None:
             return {"unit": "macs", "asked": macs["asked"], "got": macs["got"], "total": macs["dense"]}
         unit = "macs" if self.cost else self.unit
@@ -162,19 +163,23 @@ class Mask:
 
 @dataclass(frozen=True)
 class ChannelCut:
-    """Which channels stay; the tensors get smaller.
+    """Which channels stay, and which blocks go; the tensors get smaller and fewer.
 
     `keep` maps a channel group's name to the ascending int64 indices that stay, `total` to its
     width before. Indices are [kept], or [heads, kept] where every head of attention keeps dimensions of its own;
     the width is then that of one head. `updates` maps a parameter's dotted name to the value it takes, at its shape
-    before the cut (mean folding writes the consumers' biases so).
+    before the cut (mean folding writes the consumers' biases so). `dropped`: dotted names of the blocks that go, of
+    whose channels `keep` says nothing; it may be empty then.
     """
 
     keep: Mapping[str, Tensor]
     total: Mapping[str, int]
     updates: Mapping[str, Tensor] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(set(self.dropped)) < len(self.dropped):
+            raise ValueError(f"a cut names a block twice: {', '.join(self.dropped)}")
         if self.keep.keys() != self.total.keys():
             raise ValueError("a cut must say keep and total for the same groups")
         for group, keep in self.keep.items():
@@ -192,8 +197,8 @@ class ChannelCut:
 
     @property
     def removed(self) -> int:
-        """How many channels go."""
-        return sum(self.total.values()) - sum(self.kept.values())
+        """How many channels and blocks go."""
+        return sum(self.total.values()) - sum(self.kept.values()) + len(self.dropped)
 
 
 @dataclass(frozen=True)

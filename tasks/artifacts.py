@@ -100,7 +100,7 @@ def save_pruned(pruned: Mask | ChannelCut, lines: tuple[str, ...], folder: Path)
     _save(tensors, folder / "pruned.safetensors")
     content: dict[str, Any] = {"kind": "mask", "names": list(pruned.keep), "lines": list(lines)}
     if isinstance(pruned, ChannelCut):
-        content |= {"kind": "cut", "total": dict(pruned.total)}
+        content |= {"kind": "cut", "total": dict(pruned.total), "dropped": list(pruned.dropped)}
     else:
         content |= {"pattern": _text(pruned.pattern)}
     write_json(folder / "pruned.json", content)
@@ -112,7 +112,7 @@ def load_pruned(folder: Path) -> Mask | ChannelCut:
     keep = {name: tensors[f"keep/{name}"] for name in content["names"]}
     updates = {name.removeprefix("update/"): value for name, value in tensors.items() if name.startswith("update/")}
     if content["kind"] == "cut":
-        return ChannelCut(keep, content["total"], updates)
+        return ChannelCut(keep, content["total"], updates, tuple(content["dropped"]))
     return Mask(keep, updates, _pattern(content["pattern"]))
 
 

@@ -46,7 +46,7 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        """mask where weights were zeroed, cut where channels went, none where nothing was pruned."""
+        """mask where weights were zeroed, cut where channels or blocks went, none where nothing was pruned."""
         return str(self.pruned["kind"]) if self.pruned["lines"] else "none"
 
     @property
@@ -56,7 +56,7 @@ class Facts:
 
     @property
     def budget(self) -> str:
-        """What the budget counts: weights, neurons, or MACs of one image."""
+        """What the budget counts: weights, neurons, blocks, or MACs of one image."""
         return str(self.allocation["budget"]["unit"])
 
     @property

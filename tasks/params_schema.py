@@ -122,17 +122,18 @@ class Activations(Section):
 
 
 class AskedBudget(Section):
-    """The budget as written; exactly one of the three."""
+    """The budget as written; exactly one of the four."""
 
     weights: float | None = None
     neurons: float | None = None
     macs: float | None = None
+    blocks: float | None = None
 
     def build(self) -> Budget:
         """The library's budget. Raises BudgetError."""
         from heal.values import Budget
 
-        return Budget(weights=self.weights, neurons=self.neurons, macs=self.macs)
+        return Budget(weights=self.weights, neurons=self.neurons, macs=self.macs, blocks=self.blocks)
 
 
 class Allocation(MethodSection):

@@ -3,7 +3,8 @@
 `glance` comes before a missing dense model is trained, `rehearse` before anything else. There the model
 is opened and the images are drawn for this alone, because only that can find weights that do not fit or
 a corrupt image; the budget is divided on statistics that are all zero, because whether it can be met
-depends on shapes alone (not by the allocators that search: they meet any).
+depends on shapes alone (not by the allocators that search: of weights they meet any budget, of blocks one that some
+choice of them meets).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from heal import bundle
+from heal.allocators.dropping import Goal
 from heal.errors import InputError
 from heal.method import AllocationContext, check, taps
 from heal.naming import nearest
@@ -85,9 +87,12 @@ def _refuse_methods(params: Params, model: nn.Module, size: tuple[int, int]) -> 
     except InputError as error:
         key = NAMED_BY.get(str(error).partition(" ")[0], "allocation.budget")
         raise type(error)(f"{params.where(key)}: {key}: {error}") from error
+    image = torch.zeros(1, 3, *size)
     if "images" not in allocator.needs:
         zeros = _zeros(model, taps(model, [allocator]))
-        allocator.allocate(model, budget, AllocationContext(statistics=zeros, images=torch.zeros(1, 3, *size)))
+        allocator.allocate(model, budget, AllocationContext(statistics=zeros, images=image))
+    elif allocator.unit == "blocks":
+        Goal.of(model, budget, AllocationContext(images=image))
 
 
 def _refuse_names(params: Params) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from tasks.params import Params
     from tasks.progress import Progress
 
+DROPPED = ": dropped"
+"""How the line of a block ends that is gone."""
+
 
 def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progress) -> dict[str, float]:
     """Write report.html (self-contained, the same bytes for the same inputs), summary.csv and verdict.txt."""
@@ -52,7 +55,8 @@ def _page(facts: Facts) -> dict[str, Any]:
         "params_file": reproduction.params_file(facts),
         "names_files": reproduction.names_files(facts),
         "limits": list(_limits(facts)),
-        "cuts": [_cut(line) for line in facts.pruned["lines"]],
+        "cuts": [_cut(line) for line in facts.pruned["lines"] if not _is_dropped(line)],
+        "dropped": [line.removesuffix(DROPPED) for line in facts.pruned["lines"] if _is_dropped(line)],
         **_charts(facts, columns),
     }
 
@@ -73,7 +77,7 @@ def _charts(facts: Facts, columns: Sequence[Column]) -> dict[str, Any]:
 def _layers(facts: Facts) -> figures.Bars | None:
     allocation = facts.allocation
     kept = {layer: allocation["kept"][layer] for layer in allocation["layers"]}
-    if facts.kind == "none":
+    if facts.kind == "none" or allocation["unit"] == "blocks":
         return None
     if facts.kind == "mask":
         return figures.sparsities(kept, allocation["total"])
@@ -122,6 +126,10 @@ def _subsets(facts: Facts) -> Iterator[dict[str, Any]]:
         values = [entry["top1"].get(row.name) for row in facts.rows]
         cells = [Cell(summary.MISSING, None) if v is None else Cell(summary.percent(v, images), v) for v in values]
         yield {"name": name, "images": images, "cells": cells}
+
+
+def _is_dropped(line: str) -> bool:
+    return line.endswith(DROPPED)
 
 
 def _cut(line: str) -> dict[str, Any]:

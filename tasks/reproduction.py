@@ -64,7 +64,10 @@ def names_files(facts: Facts) -> bool:
 
 
 def removed(facts: Facts) -> float:
-    """The fraction that the budget asked to remove, in its shortest spelling that asks for the same number."""
+    """The fraction that the budget asked to remove; where params do not tell, the shortest that asks for the same."""
+    stated = facts.params.get(f"allocation.budget.{facts.budget}")
+    if stated is not None:
+        return float(stated)
     asked, total = facts.asked, facts.total
     exact = 1 - asked / total if total else 0.0
     spellings = (round(exact, digits) for digits in range(1, 16))

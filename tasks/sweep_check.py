@@ -23,7 +23,7 @@ EXAMPLES = {
     "seeds": "seeds: [0, 1]",
 }
 REQUIRED = ("name", "models", "methods", "budgets")
-UNITS = ("weights", "neurons", "macs")
+UNITS = ("weights", "neurons", "blocks", "macs")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _NAMED = "at most 64 letters, digits and . _ + -, beginning with a letter or digit"

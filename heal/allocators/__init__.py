@@ -1,5 +1,6 @@
 """Where to prune: the name in params.yaml to its class."""
 
+from heal.allocators.depth import Depth
 from heal.allocators.erk import Erk
 from heal.allocators.erk_capped import ErkCapped
 from heal.allocators.evolutionary import Evolutionary
@@ -19,6 +20,7 @@ from heal.allocators.uniform_plus import UniformPlus
 from heal.method import Allocator
 
 ALLOCATORS: dict[str, type[Allocator]] = {
+    "depth": Depth,
     "erk": Erk,
     "erk_capped": ErkCapped,
     "evolutionary": Evolutionary,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +12,7 @@ from heal.cost import macs
 from heal.errors import ImagesError
 from heal.images import first
 from heal.method import AllocationContext
-from heal.surgery import shrink
+from heal.surgery import drop, shrink
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class CutCost:
         skeleton = copy.deepcopy(model).to("meta")
         return cls(skeleton, size, macs(skeleton, size))
 
-    def macs(self, widths: Mapping[str, int]) -> int:
-        """Multiply-accumulates of one image once the groups have these widths."""
+    def macs(self, widths: Mapping[str, int], dropped: Collection[str] = ()) -> int:
+        """Multiply-accumulates of one image once the groups have these widths and these blocks are gone."""
         smaller = copy.deepcopy(self.skeleton)
+        drop(smaller, dropped)
         shrink(smaller, widths)
         return macs(smaller, self.size)

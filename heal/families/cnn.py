@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from heal.families.channelwise import carries_channels, kind_of, leaves_channels, part, squeeze
-from heal.families.discovery import children, classifier, is_plain, matrices, norms
+from heal.families.discovery import children, classifier, is_plain, matrices, norms, present
 from heal.families.family import ChannelGroup, Family
+from heal.families.skips import droppable
 from heal.families.streams import streams
 
 
@@ -61,7 +62,7 @@ CHAINS: dict[str, tuple[Chain, ...]] = {
 def resnet(model: nn.Module) -> Family:
     """Layers: every convolution of the residual blocks."""
     stages = tuple(name for name, _ in model.named_children() if name.startswith("layer"))
-    blocks = tuple(block for stage in stages for block in children(model, stage))
+    blocks = tuple(block for stage in stages for block in present(model, stage))
     between = streams(model, ("conv1", "bn1", "act1", "maxpool", *blocks, "fc"), blocks)
     return _with_projections("resnet", model, blocks, (*_inner_groups(model, blocks), *between))
 
@@ -69,7 +70,7 @@ def resnet(model: nn.Module) -> Family:
 def regnet(model: nn.Module) -> Family:
     """Layers: every convolution of the blocks, and the head's if there is one. Grouped ones are left whole."""
     stages = tuple(name for name, _ in model.named_children() if name in ("s1", "s2", "s3", "s4"))
-    blocks = tuple(block for stage in stages for block in children(model, stage))
+    blocks = tuple(block for stage in stages for block in present(model, stage))
     has_head = is_plain(part(model, "final_conv.conv"))
     head = ("final_conv.conv",) if has_head else ("final_conv", "head.fc")
     groups = (*_inner_groups(model, blocks), *streams(model, ("stem", *blocks, *head), blocks))
@@ -78,7 +79,7 @@ def regnet(model: nn.Module) -> Family:
 
 def efficientnet(model: nn.Module) -> Family:
     """EfficientNet, MobileNetV2, V3 and relatives; the head's convolution counts as a last block."""
-    blocks = tuple(block for stage in children(model, "blocks") for block in children(model, stage))
+    blocks = tuple(block for stage in children(model, "blocks") for block in present(model, stage))
     has_head = is_plain(part(model, "conv_head"))
     between = streams(model, ("conv_stem", "bn1", *blocks, "conv_head" if has_head else "classifier"), blocks)
     groups = (*_inner_groups(model, blocks), *between)
@@ -115,6 +116,7 @@ def _family(
         groups=groups,
         norms=norms(model),
         classifier=classifier(model),
+        droppable=droppable(model, blocks),
     )
 
 

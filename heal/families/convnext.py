@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from heal.families.discovery import children, classifier, matrices, mlp_pairs, norms
+from heal.families.discovery import children, classifier, matrices, mlp_pairs, norms, present
 from heal.families.family import Family
+from heal.families.skips import droppable
 
 
 def convnext(model: nn.Module) -> Family:
     """Layers: the MLP matrices and the downsampling convolutions. A block's output is [n, c, h, w]."""
     stages = children(model, "stages")
-    blocks = tuple(block for stage in stages for block in children(model, f"{stage}.blocks"))
+    blocks = tuple(block for stage in stages for block in present(model, f"{stage}.blocks"))
     return Family(
         name="convnext",
         layers=matrices(model, stages),
@@ -19,4 +20,5 @@ def convnext(model: nn.Module) -> Family:
         pairs=mlp_pairs(model, blocks),
         norms=norms(model),
         classifier=classifier(model),
+        droppable=droppable(model, blocks),
     )

@@ -19,6 +19,11 @@ def children(model: nn.Module, container: str) -> tuple[str, ...]:
     return tuple(f"{container}.{name}" for name, _ in model.get_submodule(container).named_children())
 
 
+def present(model: nn.Module, container: str) -> tuple[str, ...]:
+    """Those of them that compute something: a block that was dropped is an Identity."""
+    return tuple(name for name in children(model, container) if not isinstance(model.get_submodule(name), nn.Identity))
+
+
 def matrices(model: nn.Module, roots: Iterable[str]) -> tuple[str, ...]:
     """Every Linear and every Conv2d that is not depthwise, at or below the named modules."""
     return tuple(name for name, module in _below(model, roots) if _is_matrix(module))

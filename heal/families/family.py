@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from heal.errors import ArchitectureError
@@ -91,7 +91,8 @@ class Family:
 
     `states` says how a block's output is laid out: "tokens" puts channels last (one vector a
     token), "maps" is [n, c, h, w] (one vector an image, as STARFISH flattens them). `projections` are the
-    1x1 convolutions on skip paths.
+    1x1 convolutions on skip paths. `droppable` are those of the blocks that add what they compute to their input, and
+    nothing else, so that without one its input passes on. Raises ArchitectureError when it names others.
     """
 
     name: str
@@ -103,6 +104,14 @@ class Family:
     classifier: tuple[str, ...] = ()
     projections: tuple[str, ...] = ()
     states: Literal["tokens", "maps"] = "maps"
+    droppable: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        other = [name for name in self.droppable if name not in self.blocks]
+        if other:
+            raise ArchitectureError(
+                f"family {self.name}: droppable names {other[0]!r}, which is none of its blocks; add it to `blocks`"
+            )
 
     @property
     def cuttable(self) -> dict[str, ChannelGroup]:
@@ -112,3 +121,32 @@ class Family:
     def groups_of(self, kinds: Collection[str]) -> dict[str, ChannelGroup]:
         """The channel groups of these kinds by name."""
         return {name: group for name, group in self.cuttable.items() if group.kind in kinds}
+
+    def without(self, dropped: Collection[str]) -> Family:
+        """The table of what is left when these blocks are gone."""
+        if not dropped:
+            return self
+
+        def stay(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in names if not any(f"{name}.".startswith(f"{block}.") for block in dropped))
+
+        return replace(
+            self,
+            layers=stay(self.layers),
+            blocks=stay(self.blocks),
+            pairs=tuple(pair for pair in self.pairs if stay((pair.producer,))),
+            groups=tuple(_left(group, stay) for group in self.groups if stay(group.producers)),
+            norms=stay(self.norms),
+            projections=stay(self.projections),
+            droppable=stay(self.droppable),
+        )
+
+
+def _left(group: ChannelGroup, stay: Callable[[tuple[str, ...]], tuple[str, ...]]) -> ChannelGroup:
+    return replace(
+        group,
+        producers=stay(group.producers),
+        consumers=stay(group.consumers),
+        followers=stay(group.followers),
+        blocks=stay(group.blocks),
+    )

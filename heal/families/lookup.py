@@ -46,8 +46,8 @@ OWN_TABLE = "regrow_family"
 def describe(model: nn.Module) -> Family:
     """The model's table; a network that no family knows gets the generic one, without channel groups.
 
-    A model may bring its own as attribute `regrow_family`. Raises ArchitectureError when that names
-    a module which the model does not have.
+    Blocks that were dropped are in none. A model may bring its own as attribute `regrow_family`. Raises
+    ArchitectureError when that names a module which the model does not have.
     """
     own = getattr(model, OWN_TABLE, None)
     return _checked(own, model) if isinstance(own, Family) else FAMILIES[_family_name(model)](model)
@@ -71,6 +71,17 @@ def cuttable_or_raise(model: nn.Module) -> Family:
     )
 
 
+def droppable_or_raise(model: nn.Module) -> Family:
+    """The model's table if it has blocks that can be dropped. Raises ArchitectureError."""
+    family = describe(model)
+    if family.droppable:
+        return family
+    raise ArchitectureError(
+        f"{type(model).__name__} (family {family.name}) has no block that adds what it computes to its input, so none "
+        "can be dropped; give a budget in weights or neurons, or name such blocks in `droppable` of a table of yours"
+    )
+
+
 def _family_name(model: nn.Module) -> str:
     """By class name within timm.models, so that timm need not be imported to describe another network."""
     bases = (base for base in type(model).__mro__ if base.__module__.startswith("timm.models."))
@@ -79,6 +90,7 @@ def _family_name(model: nn.Module) -> str:
 
 def _checked(family: Family, model: nn.Module) -> Family:
     modules = dict(model.named_modules())
+    family = family.without([name for name in family.droppable if isinstance(modules.get(name), nn.Identity)])
     for name in _names(family):
         if name not in modules:
             raise ArchitectureError(

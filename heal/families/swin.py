@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from heal.families.discovery import children, classifier, matrices, mlp_pairs, norms
+from heal.families.discovery import children, classifier, matrices, mlp_pairs, norms, present
 from heal.families.family import Family
+from heal.families.skips import droppable
 
 
 def swin(model: nn.Module) -> Family:
     """Layers: the attention, MLP and patch-merging matrices. A block's output is [n, h, w, width]."""
     stages = children(model, "layers")
-    blocks = tuple(block for stage in stages for block in children(model, f"{stage}.blocks"))
+    blocks = tuple(block for stage in stages for block in present(model, f"{stage}.blocks"))
     return Family(
         name="swin",
         layers=tuple(layer for layer in matrices(model, stages) if _is_prunable(model, layer)),
@@ -20,6 +21,7 @@ def swin(model: nn.Module) -> Family:
         norms=norms(model),
         classifier=classifier(model),
         states="tokens",
+        droppable=droppable(model, blocks),
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from heal.families.discovery import attentions, children, classifier, matrices, mlp_pairs, norms
+from heal.families.discovery import attentions, classifier, matrices, mlp_pairs, norms, present
 from heal.families.family import Family
+from heal.families.skips import droppable
 
 
 def vit(model: nn.Module) -> Family:
     """Layers: the attention and MLP matrices of every block. A block's output is [n, tokens, width]."""
-    blocks = children(model, "blocks")
+    blocks = present(model, "blocks")
     return Family(
         name="vit",
         layers=matrices(model, blocks),
@@ -20,4 +21,5 @@ def vit(model: nn.Module) -> Family:
         norms=norms(model),
         classifier=classifier(model),
         states="tokens",
+        droppable=droppable(model, blocks),
     )

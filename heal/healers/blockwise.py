@@ -22,7 +22,7 @@ from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.progress import quiet
-from heal.pruned import kept
+from heal.pruned import goals, kept
 from heal.states import alignment
 from heal.training import Schedule, Step, Training, fit
 
@@ -55,15 +55,16 @@ class Blockwise:
         began = time.perf_counter()
         before = alignment(student, teacher, images, context.pruned)
         batches, losses = numbered(images, self.batch_size), list[float]()
-        family, stay = describe(teacher), kept(teacher, context.pruned, "blocks")
+        layout, stay = describe(teacher).states, kept(teacher, context.pruned, "blocks")
+        asked = goals(teacher, context.pruned)
         with evaluating(student), evaluating(teacher):
-            for done, block in enumerate(family.blocks, start=1):
+            for done, (block, goal) in enumerate(asked.items(), start=1):
                 drawn = generator(context.seed, f"blockwise batches of {block}")
                 numbers = torch.randint(len(batches), (self.steps,), generator=drawn).tolist()
-                site = Site(block, student, teacher, "pruned", stay.get(block), family.states)
+                site = Site(block, student, teacher, "pruned", stay.get(block), layout, goal)
                 pairs = Drawn(site, batches, numbers, context.cache_bytes)
                 losses += self._fit(student, block, pairs, context)
-                context.report("blockwise", done, len(family.blocks))
+                context.report("blockwise", done, len(asked))
         after = alignment(student, teacher, images, context.pruned)
         return HealingReport("blockwise", asdict(self), tuple(losses), before, after, time.perf_counter() - began)
 

@@ -26,6 +26,7 @@ class Site:
     """One layer in both networks, which are in eval mode. inputs: whose input the layer is tuned on.
 
     stay: the channels of its output that the student still has, all for None; layout: where the output has them.
+    goal: the teacher's layer whose output is wanted, "" for the same.
     """
 
     layer: str
@@ -34,11 +35,12 @@ class Site:
     inputs: Literal["dense", "pruned"]
     stay: Tensor | None = None
     layout: Layout = "maps"
+    goal: str = ""
 
     def pair(self, images: Tensor) -> Pair:
         """What enters the layer, of the teacher or of the student as it is now, and what the teacher's layer gives."""
         images = images.to(next(self.student.parameters()).device)
-        entered, left = _seen(self.teacher, images, f"{self.layer}.input", f"{self.layer}.output")
+        entered, left = _seen(self.teacher, images, f"{self.layer}.input", f"{self.goal or self.layer}.output")
         if self.inputs == "pruned":
             (entered,) = _seen(self.student, images, f"{self.layer}.input")
         return entered, chosen(left, self.layout, self.stay)

@@ -42,8 +42,8 @@ class Starfish:
 
     Ours, and off: affine: every vector trains, too (biases, norms, layer scales). mse: weight, >= 0, of the squared
     error of the states over the mean square of the teacher's; the cosine is blind to their lengths. kl: weight, >= 0,
-    of T^2 KL(teacher's classes, student's) at temperature T, > 0; 2. depth: exponent, >= 0, of a block's number in
-    its share of the loss; 0 is the plain mean.
+    of T^2 KL(teacher's classes, student's) at temperature T, > 0; 2. depth: exponent, >= 0, of a block's number
+    among those compared in its share of the loss; 0 is the plain mean.
     """
 
     unit: ClassVar[str] = "any"
@@ -102,7 +102,7 @@ class Starfish:
         schedule: Schedule,
         context: HealContext,
     ) -> tuple[float, ...]:
-        family = describe(teacher)
+        family, blocks = describe(teacher), tuple(states.goals)
         weights = {f"{layer}.weight" for layer in family.layers}
         trainable = {
             name: parameter
@@ -110,16 +110,16 @@ class Starfish:
             if name in weights or (self.affine and parameter.ndim == 1)
         }
         device = next(student.parameters()).device
-        shares = torch.arange(1, len(family.blocks) + 1, device=device).float() ** self.depth
+        shares = torch.arange(1, len(blocks) + 1, device=device).float() ** self.depth
         shares /= shares.mean()
-        with evaluating(teacher), block_outputs(student, family.blocks) as ours:
+        with evaluating(teacher), block_outputs(student, blocks) as ours:
 
             def loss(step: Step, batch: Tensor) -> Tensor:
                 batch = batch.to(device)
                 logits = student(batch)
                 with torch.autocast(device.type, enabled=False):
                     answer = states.of(step.index, batch)
-                    apart = [self._apart(rows(ours[block], family.states), answer, block) for block in family.blocks]
+                    apart = [self._apart(rows(ours[block], family.states), answer, block) for block in blocks]
                     total = (torch.stack(apart) * shares).mean()
                     return total + self.kl * softened_kl(logits, answer.logits, self.temperature) if self.kl else total
 

@@ -55,8 +55,9 @@ class VarianceMatching:
 
     def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> str | None:
         batches = first(images, self.images, BATCH)
-        scales = [name for name, module in teacher.named_modules() if is_layer_scale(module)]
-        norms = _affine(teacher, batches[0][:1])
+        there = dict(student.named_modules())  # not all of the teacher's, where blocks were dropped
+        scales = [name for name, module in teacher.named_modules() if is_layer_scale(module) and name in there]
+        norms = {name: affine for name, affine in _affine(teacher, batches[0][:1]).items() if name in there}
         sites = [name for name, is_affine in norms.items() if is_affine]
         order = trace(teacher, [*sites, *scales], batches[0][:1]).order
         stays = kept(teacher, context.pruned, "followers")

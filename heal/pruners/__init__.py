@@ -1,6 +1,7 @@
 """Which weights or channels go: the name in params.yaml to its class."""
 
 from heal.method import Pruner
+from heal.pruners.depth import Depth
 from heal.pruners.filter_norm import FilterNorm
 from heal.pruners.magnitude import Magnitude
 from heal.pruners.none import NoPruning
@@ -10,6 +11,7 @@ from heal.pruners.variance import Variance
 from heal.pruners.wanda import Wanda
 
 PRUNERS: dict[str, type[Pruner]] = {
+    "depth": Depth,
     "filter_norm": FilterNorm,
     "magnitude": Magnitude,
     "none": NoPruning,

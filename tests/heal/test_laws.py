@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import heal
 from heal.allocators import ALLOCATORS
+from heal.allocators.depth import Depth
 from heal.allocators.global_variance import GlobalVariance
 from heal.errors import ArchitectureError, BudgetError, InputError
 from heal.families.lookup import describe
@@ -24,7 +25,7 @@ from heal.surgery import widths
 from heal.values import Budget, Mask
 from tests.heal import nets
 
-BUDGETS = (Budget(weights=0.6), Budget(neurons=0.5))
+BUDGETS = (Budget(weights=0.6), Budget(neurons=0.5), Budget(blocks=0.6))
 SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1}
 
 
@@ -54,6 +55,9 @@ def test_the_laws_hold(net: str, healer: str) -> None:
                 weight = first.model.get_submodule(layer).get_parameter("weight")
                 assert int(keep.sum()) == allocation.kept[layer], "the allocation is met layer by layer"
                 assert not weight[~keep].any(), "what is masked stays zero"
+        elif budget.unit == "blocks":
+            assert first.pruned.dropped == tuple(block for block, kept in allocation.kept.items() if not kept)
+            assert describe(first.model) == describe(dense).without(first.pruned.dropped)
         else:
             found = widths(first.model)
             assert {layer: found[layer] for layer in allocation.kept} == dict(allocation.kept)
@@ -116,12 +120,12 @@ def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
         try:
             first = method.allocate(dense, budget, context)
         except BudgetError:
-            narrow = budget.unit == "macs" and method.unit == "neurons"
+            narrow = budget.unit == "macs" and method.unit != "weights"
             assert allocator == "uniform_plus" or narrow, "only protected ends, and what is not cut, exceed a budget"
             continue
         if budget.unit != "weights":
             assert first == method.allocate(dense, budget, context), "the same seed gives the same allocation"
-        if budget.unit == "macs" and first.unit == "neurons":
+        if budget.unit == "macs" and first.unit != "weights":
             assert first.evidence["macs"]["got"] <= first.evidence["macs"]["asked"] and first.got == first.asked
             continue
         assert first.asked == budget.kept(first.whole)
@@ -136,6 +140,7 @@ def test_a_combination_makes_sense_or_is_refused_before_anything_is_computed(net
     tried = [combination for healer in HEALERS for combination in _that_make_sense(model, healer)]
     assert any(budget.unit == "weights" for budget, _, _ in tried), "every network can be masked"
     assert any(budget.unit == "neurons" for budget, _, _ in tried) == bool(describe(model).cuttable)
+    assert any(budget.unit == "blocks" for budget, _, _ in tried) == bool(describe(model).droppable)
 
 
 def _that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Allocator, Pruner]]:
@@ -145,8 +150,10 @@ def _that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Al
     are of the kinds that are cut by default, and of the kind that the healer is for.
     """
     neurons = GlobalVariance(kinds=("qk",)) if healer == "qk_compensation" else GlobalVariance()
-    chosen = PRUNERS if healer == "none" else {name: PRUNERS[name] for name in ("magnitude", "none", "variance")}
-    for budget, allocator in zip(BUDGETS, (ALLOCATORS["uniform"](), neurons), strict=True):
+    chosen = (
+        PRUNERS if healer == "none" else {name: PRUNERS[name] for name in ("depth", "magnitude", "none", "variance")}
+    )
+    for budget, allocator in zip(BUDGETS, (ALLOCATORS["uniform"](), neurons, Depth("influence", 4)), strict=True):
         for pruner in chosen.values():
             methods: tuple[Allocator, Pruner] = (allocator, pruner())
             try:
@@ -159,6 +166,7 @@ def _that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Al
 def _small(name: str) -> Allocator:
     """With its default params, or a search of a few candidates."""
     short = {
+        "depth": {"images": 2},
         "evolutionary": {"population": 3, "generations": 1, "parents": 2, "images": 4},
         "sequence": {"step": 0.05, "images": 4},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heal.errors import BudgetError
+from heal.errors import ArchitectureError, BudgetError
 from tasks import params, rehearsal
 from tests.heal import nets
 
@@ -28,3 +28,27 @@ def test_a_budget_that_cannot_be_met_is_refused_by_the_rehearsal() -> None:
     asked = params.load(None, ["allocation.budget={macs: 0.99}"])
     with pytest.raises(BudgetError, match=r"macs = 0\.99 cannot be met"):
         rehearsal._refuse_methods(asked, nets.build("vit"), (nets.SIZE, nets.SIZE))
+
+
+DEPTH = ["allocation.method=depth", "pruning.method=depth", "healing.methods=[starfish]"]
+
+
+@pytest.mark.parametrize(
+    ("net", "budget", "reason"),
+    [
+        ("vit", "{blocks: 0.3}", None),
+        ("vit", "{macs: 0.5}", None),
+        ("resnet", "{blocks: 0.9}", None),
+        ("vit", "{blocks: 0.9}", r"blocks = 0\.9 cannot be met: it drops all 3 blocks, and one must stay"),
+        ("vit", "{macs: 0.9}", r"macs = 0\.9 cannot be met: without 2 of the 3 blocks that can go"),
+        ("resnet", "{macs: 0.5}", r"macs = 0\.5 cannot be met: without 1 of the 1 blocks that can go"),
+        ("vgg", "{blocks: 0.5}", r"VGG \(family vgg\) has no block that adds what it computes to its input"),
+    ],
+)
+def test_depth_is_rehearsed_without_a_search(net: str, budget: str, reason: str | None) -> None:
+    asked = params.load(None, [*DEPTH, f"allocation.budget={budget}"])
+    if reason is None:
+        rehearsal._refuse_methods(asked, nets.build(net), (nets.SIZE, nets.SIZE))
+        return
+    with pytest.raises((ArchitectureError, BudgetError), match=reason):
+        rehearsal._refuse_methods(asked, nets.build(net), (nets.SIZE, nets.SIZE))

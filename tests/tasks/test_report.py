@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from heal import bundle as bundle_io
 from heal.compat import timm
 from heal.pruned import apply, describe_cuts
 from heal.values import Allocation, ChannelCut
-from tasks import artifacts, figures, keys, manifest, report
+from tasks import artifacts, figures, keys, manifest, report, reproduction
 from tasks import models as models_io
 from tasks.facts import forward_order, gather
 from tasks.params import load
@@ -286,3 +287,24 @@ def test_a_curve_below_zero_has_its_marks() -> None:
     made = figures.curve("unipts", [-31.3 - 0.002 * step for step in range(100)])
     assert [tick.text for tick in made.y] == ["-31.45", "-31.4", "-31.35", "-31.3"]
     assert [tick.at for tick in made.y] == sorted((tick.at for tick in made.y), reverse=True)
+
+
+def test_dropped_blocks_are_named_beside_what_was_cut(tmp_path: Path) -> None:
+    inputs = digits(tmp_path / "in")
+    cut = ChannelCut({}, {}, dropped=("blocks.1", "blocks.3"))
+    artifacts.save_pruned(cut, tuple(f"{block}: dropped" for block in cut.dropped), inputs["pruning"])
+    blocks = [f"blocks.{number}" for number in range(8)]
+    kept = {block: int(block not in cut.dropped) for block in blocks}
+    artifacts.save_allocation(
+        Allocation("blocks", kept, dict.fromkeys(blocks, 1), 6), "depth", {}, inputs["allocation"]
+    )
+    text = Page(run(inputs, tmp_path / "out")).text
+    facts = gather(inputs)
+    asked = replace(facts, params={"allocation.budget.blocks": 0.25})
+    assert (reproduction.removed(facts), reproduction.removed(asked)) == (0.2, 0.25), "both ask for 6 of 8"
+    assert "remove 0.2 of the blocks" in text and "6 of 8, met exactly" in text
+    assert "Dropped blocks Blocks that add what they compute to their input" in text
+    assert (
+        "blocks.1 , blocks.3" in text and "Dropped blocks are not there, so every runtime has less to compute" in text
+    )
+    assert "Producer" not in text and "Width kept" not in text
