@@ -71,7 +71,14 @@ PATTERNS: Mapping[Kind, Methods] = {
     "other": (Named("n_of_m"), Named("magnitude"), (ALIGNED,)),
     "blockless": (Named("n_of_m"), Named("magnitude"), (SQUARED,)),
 }
+DROPS: Mapping[Kind, Methods] = {
+    "transformer": (Named("depth"), Named("depth"), (ALIGNED,)),
+    "normalised": (Named("depth"), Named("depth"), (RECALIBRATED, ALIGNED)),
+    "other": (Named("depth"), Named("depth"), (ALIGNED,)),
+    "blockless": (Named("depth"), Named("depth"), (Named("none"),)),
+}
 TABLES = {
+    "blocks dropped": DROPS,
     "channels cut": CUTS,
     "weights masked": MASKS,
     "weights in a pattern": PATTERNS,
@@ -79,10 +86,11 @@ TABLES = {
 
 
 def preset(model: nn.Module, removes: str, has_pattern: bool = False) -> Preset:
-    """What serves this network. removes: weights or neurons. has_pattern: whether weights stay in an N:M pattern."""
+    """What serves this network. removes: an allocator's unit. has_pattern: whether weights stay in an N:M pattern."""
     family = describe(model)
     kind = _kind(model, family)
-    what = "channels cut" if removes == "neurons" else "weights in a pattern" if has_pattern else "weights masked"
+    masked = "weights in a pattern" if has_pattern else "weights masked"
+    what = {"neurons": "channels cut", "blocks": "blocks dropped", "weights": masked}[removes]
     return Preset(f"{what}, {family.name} ({kind})", *TABLES[what][kind])
 
 

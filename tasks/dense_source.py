@@ -116,7 +116,9 @@ def skeleton(section: Dense, is_digits: bool) -> nn.Module:
         return demo.ARCHITECTURE.skeleton()
     from heal import bundle
 
-    return Architecture(**bundle.read(_folder(section))["architecture"]).skeleton(section.adapter_allow)
+    folder = _folder(section)
+    _refuse_code(bundle.adapter(folder), section)
+    return Architecture(**bundle.read(folder)["architecture"]).skeleton(section.adapter_allow)
 
 
 def _folder(section: Dense) -> Path:
@@ -143,14 +145,16 @@ def _of_registered(section: Dense, is_digits: bool) -> str:
 
 def _with_code(digest: str, adapter: str | None, section: Dense) -> str:
     """A network that an adapter builds is its weights and its code. Raises InputError unless params allow the code."""
-    if adapter is None:
-        return digest
-    if adapter not in section.adapter_allow:
+    _refuse_code(adapter, section)
+    return digest if adapter is None else _sha256(digest + adapter_code.digest(adapter))
+
+
+def _refuse_code(adapter: str | None, section: Dense) -> None:
+    if adapter is not None and adapter not in section.adapter_allow:
         raise InputError(
             f"{section.source} is built by {adapter}, which is code to import; if you trust it, set "
             f"dense.adapter_allow: ['{adapter}']"
         )
-    return _sha256(digest + adapter_code.digest(adapter))
 
 
 def _sha256(text: str) -> str:

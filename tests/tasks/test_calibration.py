@@ -39,7 +39,7 @@ def drawn(
 ) -> tuple[list[str], dict[str, Any]]:
     """Run the stage; the ids in order, and calibration.json."""
     output.mkdir(parents=True, exist_ok=True)
-    params = load(None, overrides).restrict(STAGES["calibration"].params)
+    params = load(None, [f"dense.source=bundle:{dense / 'bundle'}", *overrides]).restrict(STAGES["calibration"].params)
     calibration.run(params, {"dense": dense}, output, Progress(output / "work", display))
     return pq.read_table(output / "images.parquet")["id"].to_pylist(), artifacts.read_json(output / "calibration.json")
 

@@ -38,8 +38,9 @@ def _road(net: str, allocator: str, healer: str) -> list[str] | None:
     """Overrides of a road that makes sense for this network, or None."""
     options = {"kinds": ("qk",)} if healer == "qk_compensation" else {}
     for budget, pruner, text in (
-        (Budget(weights=0.6), "magnitude", "{weights: 0.6}"),
+        (Budget(weights=0.5), "magnitude", "{weights: 0.5}"),
         (Budget(neurons=0.5), "variance", "{neurons: 0.5}"),
+        (Budget(blocks=0.5), "depth", "{blocks: 0.5}"),
     ):
         try:
             check(nets.build(net), budget, ALLOCATORS[allocator](**options), PRUNERS[pruner](), [HEALERS[healer]()])
@@ -87,7 +88,11 @@ QUICKLY = [
 ]
 SLOWLY = [
     *((name, "none") for name in ALLOCATORS),
-    *(("uniform", name) for name in HEALERS if name not in dict(QUICKLY).values()),
+    *(
+        ("global_variance" if healer.unit == "neurons" else "uniform", name)
+        for name, healer in HEALERS.items()
+        if name not in dict(QUICKLY).values()
+    ),
     ("global_variance", "starfish"),
 ]
 
@@ -159,7 +164,7 @@ def test_labels_that_are_allowed_change_no_bit_of_what_does_not_read_them(tmp_pa
 def test_a_relabelled_source_is_another_one_where_its_labels_may_be_read(tmp_path: Path) -> None:
     def resolved(labels: list[int], *overrides: str) -> str:
         path = table(tmp_path / "pictures.parquet", PICTURES, {"label": labels})
-        params = load(None, [f"calibration.source=parquet:{path}", *overrides])
+        params = load(None, ["dense.source=timm:resnet18", f"calibration.source=parquet:{path}", *overrides])
         return resolve.resolve_images(params)["calibration.source"]
 
     one, other = [n % 3 for n in range(PICTURES)], [n % 2 for n in range(PICTURES)]
