@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heal.errors import BudgetError
+from heal.errors import BudgetError, MethodError
 from tasks import params, rehearsal
 from tests.heal import nets
 
@@ -28,3 +28,12 @@ def test_a_budget_that_cannot_be_met_is_refused_by_the_rehearsal() -> None:
     asked = params.load(None, ["allocation.budget={macs: 0.99}"])
     with pytest.raises(BudgetError, match=r"macs = 0\.99 cannot be met"):
         rehearsal._refuse_methods(asked, nets.build("vit"), (nets.SIZE, nets.SIZE))
+
+
+def test_rounds_that_the_pruner_cannot_share_out_are_refused_by_the_rehearsal() -> None:
+    asked = params.load(None, ["healing.rounds=2"])
+    said = r"-S healing\.rounds=2: healing\.rounds: rounds = 2, but the pruner also writes weights.*fold_mean: false"
+    with pytest.raises(MethodError, match=said):
+        rehearsal._refuse_methods(asked, nets.build("vit"), (nets.SIZE, nets.SIZE))
+    only_chooses = params.load(None, ["healing.rounds=2", "pruning.variance.fold_mean=false"])
+    rehearsal._refuse_methods(only_chooses, nets.build("vit"), (nets.SIZE, nets.SIZE))

@@ -286,3 +286,17 @@ def test_a_curve_below_zero_has_its_marks() -> None:
     made = figures.curve("unipts", [-31.3 - 0.002 * step for step in range(100)])
     assert [tick.text for tick in made.y] == ["-31.45", "-31.4", "-31.35", "-31.3"]
     assert [tick.at for tick in made.y] == sorted((tick.at for tick in made.y), reverse=True)
+
+
+def test_rounds_are_told_and_the_last_is_drawn(tmp_path: Path) -> None:
+    inputs = deit(tmp_path / "in")
+    once = json.loads((inputs["healing"] / "healing.json").read_text())
+    reports = [report | {"round": number, "notes": ["a note"]} for number in (1, 2) for report in once]
+    (inputs["healing"] / "healing.json").write_text(json.dumps(reports))
+    text = Page(run(inputs, tmp_path / "out")).text
+    assert "healed by closed_form, then starfish in 2 rounds" in text
+    assert "dense pruned after closed_form healed" in text
+    assert "starfish round 1" in text and "starfish round 2" in text and "before healing in round 2" in text
+    assert "closed_form round 1: a note" in text and "What goes was taken away in 2 rounds, each healed." in text
+    plain = Page(run(deit(tmp_path / "plain"), tmp_path / "out2")).text
+    assert "round" not in plain.replace("rounded", "")
