@@ -90,6 +90,16 @@ def through(module: nn.Module, mean: Tensor) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1).sum(2) @ mean
 
 
+def norms(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """The norm of the producers' rows, all producers together, without biases; float64 [channels], of queries and
+    keys and of values [heads, channels]."""
+    weights = [model.get_submodule(module).get_parameter("weight") for module in group.modules]
+    squares = [weight.detach().double().cpu().flatten(1).square().sum(1) for weight in weights]
+    total = torch.stack(squares).sum(0)
+    heads = Heads.of(model.get_submodule(group.attention)) if group.attention else None
+    return (total if heads is None else heads.totals(group.kind, total)).sqrt()
+
+
 def highest(scores: Tensor, kept: int) -> Tensor:
     """Ascending indices of the `kept` highest scores along the last axis; of equal ones the later stays."""
     order = torch.argsort(scores, stable=True)

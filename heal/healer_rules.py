@@ -17,6 +17,32 @@ MOVE_STATISTICS = frozenset(
 SOLVE_ANEW = frozenset({"closed_form", "least_squares", "qk_compensation"})
 """Healers that fit layers to the dense outputs, whatever they were before; each writes others, so any may be first."""
 
+ONE_ROUND = {
+    "unipts": "moves the mask, and the steps are those of the pruner's",
+    "qk_compensation": "mixes the dimensions that stay, so that none is the one that the pruner chose among",
+    "bias_correction": "estimates means without the borders of images, and every round would add that error",
+}
+"""Healers after which the cut cannot go on, and why."""
+
+
+def refuse_rounds(rounds: int, healers: Collection[str], writes_weights: bool, patterned: bool) -> None:
+    """Raise MethodError when what the pruner chose cannot go in so many steps."""
+    if rounds < 1:
+        raise MethodError(f"rounds = {rounds} must be at least 1")
+    if rounds > 1 and writes_weights:
+        raise MethodError(
+            f"rounds = {rounds}, but the pruner also writes weights, and those are for the whole cut at once; let it "
+            "only choose: set pruning.variance.fold_mean: false and name mean_folding or closed_form in "
+            "healing.methods, or in place of obs take magnitude or wanda, and least_squares"
+        )
+    if rounds > 1 and patterned:
+        raise MethodError(f"rounds = {rounds}, but an N:M pattern holds only for the whole mask; set rounds to 1")
+    for healer in healers:
+        if rounds > 1 and healer in ONE_ROUND:
+            raise MethodError(
+                f"rounds = {rounds}, but {healer} {ONE_ROUND[healer]}; leave {healer} out, or set rounds to 1"
+            )
+
 
 def refuse_order(healers: Sequence[str], pruner: str) -> None:
     """Raise MethodError when one of the healers undoes what came before, or the pruner leaves nothing to heal."""

@@ -15,7 +15,7 @@ from heal.families.discovery import batch_norms
 from heal.families.family import HIDDEN, Family
 from heal.families.lookup import cuttable_or_raise, describe, droppable_or_raise
 from heal.families.parts import parts
-from heal.healer_rules import refuse_idle, refuse_order
+from heal.healer_rules import refuse_idle, refuse_order, refuse_rounds
 from heal.images import Images
 from heal.progress import Report, quiet
 from heal.values import Allocation, Budget, ChannelCut, Mask, Statistics
@@ -95,7 +95,8 @@ class HealContext(Context):
 class HealingReport:
     """What a healer did: loss per step, mean cosine per block before and after, seconds, notes.
 
-    pruned: what is pruned now, where the healer moved it; None where it is as before.
+    pruned: what is pruned now, where the healer moved it; None where it is as before. round: of those in which was
+    cut, from 1.
     """
 
     method: str
@@ -106,6 +107,7 @@ class HealingReport:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     pruned: Mask | ChannelCut | None = None
+    round: int = 1
 
 
 def after(context: HealContext, report: HealingReport) -> HealContext:
@@ -113,7 +115,14 @@ def after(context: HealContext, report: HealingReport) -> HealContext:
     return context if report.pruned is None else replace(context, pruned=report.pruned)
 
 
-def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner, healers: Iterable[Healer]) -> None:
+def check(
+    model: nn.Module,
+    budget: Budget,
+    allocator: Allocator,
+    pruner: Pruner,
+    healers: Iterable[Healer],
+    rounds: int = 1,
+) -> None:
     """Refuse a combination that makes no sense, with the reason. Raises MethodError, ArchitectureError."""
     family, healers = describe(model), list(healers)
     methods: list[tuple[str, Allocator | Pruner | Healer]] = [("allocator", allocator), ("pruner", pruner)]
@@ -135,6 +144,8 @@ def check(model: nn.Module, budget: Budget, allocator: Allocator, pruner: Pruner
     refuse_unit(model, removed)
     names, kinds = [name_of(healer) for healer in healers], _kinds(allocator.needs)
     refuse_order(names, name_of(pruner))
+    patterned = getattr(allocator, "pattern", None) is not None
+    refuse_rounds(rounds, names, bool(getattr(pruner, "writes_weights", False)), patterned)
     if kinds:
         refuse_idle(names, kinds)
         refuse_statistic(f"pruner {name_of(pruner)}", getattr(pruner, "statistic", "post"), kinds)
@@ -177,10 +188,15 @@ def refuse_unit(model: nn.Module, removed: str) -> None:
         droppable_or_raise(model)
 
 
-def taps(model: nn.Module, methods: Iterable[Allocator | Pruner | Healer]) -> dict[str, bool]:
-    """The taps that the union of the methods' needs asks for; True where the second moment is."""
+def taps(
+    model: nn.Module, methods: Iterable[Allocator | Pruner | Healer], cut: frozenset[str] = frozenset()
+) -> dict[str, bool]:
+    """The taps that the union of the methods' needs asks for; True where the second moment is.
+
+    cut: the needs of whoever chose the channels ("cuts <kind>"), where no allocator is among the methods.
+    """
     family = describe(model)
-    needs = frozenset[str]().union(*(method.needs for method in methods))
+    needs = cut.union(*(method.needs for method in methods))
     wanted = _taps_of_cuts(model, family, needs)
     if any("patches" in need for need in needs) or "inputs" in needs:
         for layer, part in parts(model, family).items():

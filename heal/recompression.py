@@ -21,7 +21,6 @@ from heal.method import (
     Healer,
     HealingReport,
     Pruner,
-    after,
     check,
     name_of,
     taps,
@@ -29,8 +28,9 @@ from heal.method import (
 from heal.naming import nearest
 from heal.presets import AUTO, Named, preset, removed_by_default
 from heal.progress import Report, quiet
-from heal.pruned import apply, describe_cuts, refuse_broken
+from heal.pruned import describe_cuts, refuse_broken
 from heal.pruners import PRUNERS
+from heal.rounds import heal_in_rounds
 from heal.statistics import capture
 from heal.values import Allocation, Budget, ChannelCut, Mask
 
@@ -66,13 +66,14 @@ def recompress(
     seed: int = 0,
     report: Report = quiet,
     log: Callable[[str], None] = lambda message: None,
+    rounds: int = 1,
 ) -> Result:
     """Prune `model` to `budget` and heal it on unlabeled `images`; the model itself is not touched.
 
     images: a float tensor [n, c, h, w], already normalised for the model, or any re-iterable of
     such batches. Methods go by name or as instances; "auto" is what heal.presets takes for such a network and
-    budget. Raises InputError subclasses when the budget, the combination or the images make no sense, before anything
-    is computed.
+    budget. rounds: in how many steps what goes is taken away, with all healers after each (heal/rounds.py). Raises
+    InputError subclasses when the budget, the combination or the images make no sense, before anything is computed.
     """
     _refuse_types(budget, healers)
     allocate, prune, heal = _methods(model, budget, allocator, pruner, healers, log)
@@ -80,7 +81,7 @@ def recompress(
         raise MethodError(
             f"allocator {name_of(allocate)} reads labels, and recompress takes none; choose another fitness"
         )
-    check(model, budget, allocate, prune, heal)
+    check(model, budget, allocate, prune, heal, rounds)
     refuse_broken(model)
     teacher = copy.deepcopy(model).eval()
     wanted = taps(model, [allocate, prune, *heal])
@@ -92,13 +93,12 @@ def recompress(
     pruned = prune.prune(teacher, allocation, statistics)
     student = copy.deepcopy(teacher)
     cuts = describe_cuts(teacher, pruned)
-    apply(student, pruned)
     context = HealContext(statistics=statistics, pruned=pruned, seed=seed, report=report, log=log)
     healing: list[HealingReport] = []
-    for healer in heal:
-        healing.append(healer.heal(student, teacher, images, context))
-        context = after(context, healing[-1])
-    return Result(student.eval(), context.pruned, RecompressionReport(budget, allocation, cuts, tuple(healing)))
+    for healed in heal_in_rounds(student, teacher, heal, images, context, rounds):
+        healing.append(healed.report)
+        pruned = healed.pruned
+    return Result(student.eval(), pruned, RecompressionReport(budget, allocation, cuts, tuple(healing)))
 
 
 def _methods(

@@ -17,6 +17,7 @@ from heal import cost
 from heal.evaluation import agreement, predict, top1
 from heal.progress import Report
 from tasks import artifacts, models
+from tasks.healing_reports import last_round
 from tasks.images import load_evaluation
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def candidates(inputs: Mapping[str, Path]) -> dict[str, Path]:
     """The folders of everything to evaluate, in the order of its making."""
     between = {}
     reports = artifacts.read_json(inputs["healing"] / "healing.json")
-    for report in reports[:-1]:
+    for report in last_round(reports)[:-1]:
         between[f"after {report['method']}"] = inputs["healing"] / "after" / report["method"]
     return {"dense": inputs["dense"], "pruned": inputs["pruning"], **between, "healed": inputs["healing"]}
 

@@ -11,8 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tasks import manifest
-from tasks.summary import Row, rows
+from tasks import manifest, summary
+from tasks.healing_reports import last_round, rounds
+from tasks.summary import Row
 
 Json = Any
 
@@ -77,14 +78,19 @@ class Facts:
     @property
     def healers(self) -> tuple[str, ...]:
         """The healers that took part, in order; `none` is one by name."""
-        return tuple(report["method"] for report in self.healing)
+        return tuple(report["method"] for report in last_round(self.healing))
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds was cut and healed."""
+        return rounds(self.healing)
 
 
 def gather(inputs: Mapping[str, Path]) -> Facts:
     """Read the upstream artifacts of the report stage."""
     healing = tuple(_json(inputs["healing"] / "healing.json"))
     evaluation = _json(inputs["evaluation"] / "evaluation.json")
-    measured = rows(evaluation, [report["method"] for report in healing[:-1]])
+    measured = summary.rows(evaluation, [report["method"] for report in last_round(healing)[:-1]])
     healed = _json(inputs["healing"] / "bundle" / "bundle.json")
     return Facts(
         dense=_json(inputs["dense"] / "dense.json"),

@@ -111,7 +111,8 @@ class Params:
         """What a run does: "digits-vit: remove 0.5 of neurons by variance, heal by closed_form + starfish"."""
         budget, healers = self.allocation.budget.build(), " + ".join(self.healing.methods)
         removed = f"remove {budget.fraction:g} of {budget.unit} by {self.pruning.method}"
-        return f"{self.registration.name}: {removed}, heal by {healers}"
+        rounds = f" in {self.healing.rounds} rounds" if self.healing.rounds > 1 else ""
+        return f"{self.registration.name}: {removed}, heal by {healers}{rounds}"
 
     def allocator(self) -> Allocator:
         """The allocator that allocation.method names."""

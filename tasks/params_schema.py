@@ -149,6 +149,7 @@ class Pruning(MethodSection):
 
 class Healing(MethodSection):
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = (AUTO,)
+    rounds: Count = 1
     seed: Seed = 0
     device: Device = "auto"
 

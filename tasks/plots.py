@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks import artifacts
+from tasks.healing_reports import named
 
 Row = Sequence[str | int | float]
 
@@ -42,9 +43,9 @@ def _kept(artifact: Path) -> Iterator[Row]:
 
 
 def _losses(artifact: Path) -> Iterator[Row]:
-    for report in artifacts.read_json(artifact / "healing.json"):
+    for name, report in named(artifacts.read_json(artifact / "healing.json")):
         for step, loss in enumerate(report["losses"], start=1):
-            yield step, loss, report["method"]
+            yield step, loss, name
 
 
 PLOTS: Mapping[str, Plot] = {

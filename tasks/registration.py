@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from heal import bundle
 from tasks import artifacts, manifest
+from tasks.healing_reports import last_round, named, rounds
 from tasks.mlflow_store import RegistryError, UnreachableError
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def _record(run_id: str, inputs: Mapping[str, Path], output: Path) -> None:
 
     tracking.log_params(run_id, dict(_params(inputs)))
     tracking.log_metrics(run_id, dict(_metrics(inputs)))
-    for report in artifacts.read_json(inputs["healing"] / "healing.json"):
-        tracking.log_curve(run_id, f"healing/{report['method']}/loss", report["losses"])
+    for name, report in named(artifacts.read_json(inputs["healing"] / "healing.json")):
+        tracking.log_curve(run_id, f"healing/{name}/loss", report["losses"])
     calibration = artifacts.read_json(inputs["calibration"] / "calibration.json")
     tracking.log_dataset(run_id, calibration["source"], calibration["ids_digest"], "calibration")
     evaluation = artifacts.read_json(inputs["evaluation"] / "evaluation.json")
@@ -82,8 +83,11 @@ def _params(inputs: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
     yield "calibration.source", calibration["source"]
     yield "calibration.count", calibration["count"]
     yield "allocation.method", allocation["method"]
-    yield "healing.methods", ", ".join(report["method"] for report in reports)
-    for report in reports:
+    if rounds(reports) > 1:
+        yield "healing.rounds", rounds(reports)
+    last = last_round(reports)
+    yield "healing.methods", ", ".join(report["method"] for report in last)
+    for report in last:
         for name, value in report["params"].items():
             yield f"healing.{report['method']}.{name}", value
 

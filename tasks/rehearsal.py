@@ -41,6 +41,7 @@ NAMED_BY = {
     "pruner": "pruning.method",
     "healer": "healing.methods",
     "healers": "healing.methods",
+    "rounds": "healing.rounds",
 }
 """Which param names the method that a message of `check` begins with."""
 
@@ -83,7 +84,7 @@ def _dense(params: Params, planned: PlannedStage, store: Store, scratch: Path) -
 def _refuse_methods(params: Params, model: nn.Module, size: tuple[int, int]) -> None:
     allocator, budget = params.allocator(), params.allocation.budget.build()
     try:
-        check(model, budget, allocator, params.pruner(), params.healers())
+        check(model, budget, allocator, params.pruner(), params.healers(), params.healing.rounds)
     except InputError as error:
         key = NAMED_BY.get(str(error).partition(" ")[0], "allocation.budget")
         raise type(error)(f"{params.where(key)}: {key}: {error}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import figures, pages, reproduction, summary
 from tasks.facts import Facts, forward_order, gather
+from tasks.healing_reports import last_round, named
 from tasks.heatmap import repairability
 from tasks.summary import Cell, Column
 from tasks.verdict import verdict, warnings
@@ -29,7 +30,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     (output / "summary.csv").write_text(summary.comma_separated(facts.rows), encoding="utf-8", newline="\n")
     said = verdict(facts.rows, facts.kind, facts.images)
     (output / "verdict.txt").write_text(f"{said}\n", encoding="utf-8", newline="\n")
-    for line in (said, *warnings(facts.rows, facts.kind, facts.dense["classes"], facts.images)):
+    for line in (said, *_warnings(facts)):
         progress.log(line)
     return {"bytes": float(len(page.encode()))}
 
@@ -45,7 +46,7 @@ def _page(facts: Facts) -> dict[str, Any]:
     return {
         "facts": facts,
         "verdict": verdict(rows, facts.kind, images),
-        "warnings": warnings(rows, facts.kind, facts.dense["classes"], images),
+        "warnings": _warnings(facts),
         "highlights": list(_highlights(facts, columns)),
         "removed": reproduction.removed(facts),
         "names": [row.name for row in rows],
@@ -61,12 +62,16 @@ def _page(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _warnings(facts: Facts) -> list[str]:
+    return warnings(facts.rows, facts.kind, facts.dense["classes"], facts.images, facts.rounds)
+
+
 def _charts(facts: Facts, columns: Sequence[Column]) -> dict[str, Any]:
     rows = facts.rows
     shares = [column for column in columns if column.key in ("top1", "agreement")]
     return {
         "shares": [figures.shares(column, [row.name for row in rows]) for column in shares],
-        "curves": [figures.curve(report["method"], report["losses"]) for report in facts.healing if report["losses"]],
+        "curves": [figures.curve(name, report["losses"]) for name, report in named(facts.healing) if report["losses"]],
         "alignment": _alignment(facts),
         "layers": _layers(facts),
         "heatmap": repairability(facts.allocation.get("evidence", {})),
@@ -85,10 +90,12 @@ def _layers(facts: Facts) -> figures.Bars | None:
 
 
 def _alignment(facts: Facts) -> figures.DotPlot | None:
-    aligned = [report for report in facts.healing if report["alignment_before"] and report["alignment_after"]]
+    last = last_round(facts.healing)
+    aligned = [report for report in last if report["alignment_before"] and report["alignment_after"]]
     if not aligned:
         return None
-    states = [("before healing", aligned[0]["alignment_before"])]
+    start = "before healing" if facts.rounds == 1 else f"before healing in round {facts.rounds}"
+    states = [(start, aligned[0]["alignment_before"])]
     states += [(f"after {report['method']}", report["alignment_after"]) for report in aligned]
     order = forward_order(states[0][1])
     return figures.alignment(
@@ -149,11 +156,16 @@ def _limits(facts: Facts) -> Iterator[str]:
         yield f"On {facts.images:,} images, a share of {100 * share:.1f} % has a standard error of {error:.1f} points."
     if facts.kind == "mask":
         yield "Zeros shrink the file. They do not speed up a runtime that has no sparse kernels."
+    if facts.rounds > 1:
+        yield (
+            f'What goes was taken away in {facts.rounds} rounds, each healed. "pruned" is all of it at once, a network '
+            'that no healer saw; "after" is within the last round.'
+        )
     yield from _passed_over(facts)
     yield _timing(facts)
     yield "MACs are counted for one image, zeros included: linear and convolution layers and the attention products."
     yield from (
-        note for report in facts.healing for note in (f"{report['method']}: {text}" for text in report["notes"])
+        note for name, report in named(facts.healing) for note in (f"{name}: {text}" for text in report["notes"])
     )
 
 

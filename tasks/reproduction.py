@@ -14,6 +14,7 @@ import yaml
 
 from tasks import source_name
 from tasks.facts import Facts
+from tasks.healing_reports import last_round
 from tasks.table import MOVING
 
 PLAIN = re.compile(r"[A-Za-z][\w./:@-]*")
@@ -39,7 +40,8 @@ def steps(facts: Facts) -> list[Step]:
             ((f"budget.{facts.budget}", _text(removed(facts))), *_params(facts.allocation["params"])),
         ),
         Step("pruning", facts.pruner.get("pruner", ""), _params(facts.pruner.get("params") or {})),
-        *(Step("healing", report["method"], _params(report["params"])) for report in facts.healing),
+        *([Step("healing", "in rounds", (("rounds", _text(facts.rounds)),))] if facts.rounds > 1 else []),
+        *(Step("healing", report["method"], _params(report["params"])) for report in last_round(facts.healing)),
     ]
 
 

@@ -26,11 +26,12 @@ def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
     return f"{opening}; {_accuracy(rows, images)}."
 
 
-def warnings(rows: Sequence[Row], kind: str, classes: int, images: int) -> list[str]:
-    """Sentences for a reader who would otherwise trust the figures too much."""
+def warnings(rows: Sequence[Row], kind: str, classes: int, images: int, rounds: int = 1) -> list[str]:
+    """Sentences for a reader who would otherwise trust the figures too much. rounds: in which was cut; of several none
+    starts from the pruned model."""
     found = list(_harmed(rows, images))
     dense, last = rows[0], rows[-1]
-    pruned = next((row for row in rows if row.name == "pruned"), None)
+    pruned = next((row for row in rows if row.name == "pruned" and rounds == 1), None)
     if dense.top1 is not None and dense.top1 <= AT_CHANCE / classes:
         found.append("The dense model itself is at chance on these images: labels, preprocessing or weights are wrong.")
     elif pruned is not None and pruned.top1 is not None and pruned.top1 <= AT_CHANCE / classes:

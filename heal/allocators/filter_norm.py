@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from heal.allocators.widths import refuse_multiple, widths_of
-from heal.channels import PLAIN, cuts, pool, refuse_unknown_kinds
-from heal.families.family import HIDDEN, ChannelGroup
+from heal.channels import PLAIN, cuts, norms, pool, refuse_unknown_kinds
+from heal.families.family import HIDDEN
 from heal.method import AllocationContext
 from heal.naming import refuse_unknown
 from heal.values import Allocation, Budget
@@ -47,10 +46,3 @@ class FilterNorm:
         groups = pool(model, self.kinds)
         scores = {name: norms(model, group) for name, group in groups.items()}
         return widths_of(model, groups, scores, budget, context, self.multiple, self.scope)
-
-
-def norms(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """The norm [channels] of the producers' rows, all producers together, without biases; float64."""
-    weights = [model.get_submodule(producer).get_parameter("weight") for producer in group.producers]
-    squares = [weight.detach().double().cpu().flatten(1).square().sum(1) for weight in weights]
-    return torch.stack(squares).sum(0).sqrt()

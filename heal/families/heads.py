@@ -47,6 +47,12 @@ class Heads:
         """The columns of proj that stay, ascending."""
         return self._within("v", kind, keep)
 
+    def totals(self, kind: str, values: Tensor) -> Tensor:
+        """What values [rows of qkv] add up to for every channel: [heads], of dimensions [heads, dimensions]."""
+        parts = torch.split(values, [self._size(part) for part in "qkv"])
+        own = [x.view(self.number, -1) for part, x in zip("qkv", parts, strict=True) if part in PARTS[kind]]
+        return torch.cat(own, dim=1).sum(1) if kind == "heads" else torch.stack(own).sum(0)
+
     def _within(self, part: str, kind: str, keep: Tensor) -> Tensor:
         width = self._size(part) // self.number
         if kind == "heads":

@@ -124,7 +124,10 @@ class Starfish:
                     return total + self.kl * softened_kl(logits, answer.logits, self.temperature) if self.kl else total
 
             masks = Fixed.of(context.pruned, trainable)
-            return fit(student, Training("starfish", lambda _: replay, loss, trainable, schedule, masks), context)
+            losses = fit(student, Training("starfish", lambda _: replay, loss, trainable, schedule, masks), context)
+            if not states.where:  # a resumed training with no step left must leave the same notes
+                states.of(0, next(iter(replay)).to(device))
+            return losses
 
     def _apart(self, state: Tensor, answer: Answer, block: str) -> Tensor:
         """How far rows [r, d] of a block are from the teacher's (scalar)."""

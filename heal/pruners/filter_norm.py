@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from heal.allocators.filter_norm import norms
-from heal.channels import PLAIN, highest
+from heal.channels import PLAIN, highest, norms
 from heal.families.lookup import cuttable_or_raise
 from heal.values import Allocation, ChannelCut, Statistics
 

@@ -31,6 +31,7 @@ class Obs:
     """
 
     unit: ClassVar[str] = "weights"
+    writes_weights: ClassVar[bool] = True
     damping: float = 0.01
     block: int = 128
 

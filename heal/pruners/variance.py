@@ -40,6 +40,11 @@ class Variance:
         """Which statistics it reads."""
         return frozenset({"moments", NEEDS[self.statistic]})
 
+    @property
+    def writes_weights(self) -> bool:
+        """Whether it also repairs: then the whole cut goes at once."""
+        return self.fold_mean
+
     def prune(self, model: nn.Module, allocation: Allocation, statistics: Statistics) -> ChannelCut:
         """The channels that stay, and the consumers' new biases."""
         cuttable = cuttable_or_raise(model).cuttable

@@ -129,14 +129,21 @@ def test_history_and_rollback(walked: Workplace) -> None:
     assert before["to"] != after[-1]["to"]
 
 
-def test_a_killed_healing_goes_on_and_ends_in_the_same_bits(tmp_path: Path) -> None:
+IN_ROUNDS = {"epochs: 400": "epochs: 200", "method: variance}": "method: variance, variance: {fold_mean: false}}"}
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_healing_goes_on_and_ends_in_the_same_bits(rounds: int, tmp_path: Path) -> None:
     undisturbed, killed = Workplace.make(tmp_path / "a"), Workplace.make(tmp_path / "b")
     for workplace in (undisturbed, killed):
-        params = (workplace.folder / "params.yaml").read_text()
-        (workplace.folder / "params.yaml").write_text(params.replace("epochs: 2", "epochs: 400"))
+        params = (workplace.folder / "params.yaml").read_text().replace("epochs: 2", "epochs: 400")
+        for old, new in (IN_ROUNDS | {"healing:\n": f"healing:\n  rounds: {rounds}\n"}).items() if rounds > 1 else ():
+            assert old in params
+            params = params.replace(old, new)
+        (workplace.folder / "params.yaml").write_text(params)
     assert undisturbed.stage("healing").code == 0
     process = killed.start(sys.executable, "-m", "tasks", "healing")
-    _wait_for_checkpoint(killed.home)
+    _wait_for_checkpoint(killed.home, f"{2 * rounds - 1}-starfish")
     process.send_signal(signal.SIGKILL)
     process.wait()
     again = killed.stage("healing")
@@ -191,10 +198,10 @@ def _servers(home: Path) -> list[psutil.Process]:
     return found
 
 
-def _wait_for_checkpoint(home: Path, seconds: float = 200) -> None:
+def _wait_for_checkpoint(home: Path, healer: str = "1-starfish", seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if list(home.glob("work/*/checkpoints/1-starfish/starfish.safetensors")):
+        if list(home.glob(f"work/*/checkpoints/{healer}/starfish.safetensors")):
             return
         time.sleep(0.05)
     raise AssertionError(f"no checkpoint in {os.fspath(home)} after {seconds} s")

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import heal
-from heal.allocators.filter_norm import FilterNorm, norms
+from heal.allocators.filter_norm import FilterNorm
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.snip import Snip, felt
-from heal.channels import pool
+from heal.channels import norms, pool
 from heal.cost import macs
 from heal.errors import BudgetError, MethodError
 from heal.families.family import HIDDEN

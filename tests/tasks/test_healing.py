@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from heal import bundle, masking
-from heal.values import Mask
-from tasks import activations, allocation, artifacts, calibration, healing, pruning
+from heal.surgery import widths
+from heal.values import ChannelCut, Mask
+from tasks import activations, allocation, artifacts, calibration, evaluation, healing, plots, pruning
 from tasks.params import load
 from tasks.progress import Progress
 from tasks.table import STAGES
@@ -26,10 +27,16 @@ OVERRIDES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def healed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+IN_ROUNDS = [
+    "calibration={source: digits, count: 16}",
+    "allocation={method: global_variance, budget: {neurons: 0.5}}",
+    "pruning={method: variance, variance: {fold_mean: false}}",
+    "healing={methods: [closed_form, starfish], rounds: 2, starfish: {epochs: 1, batch_size: 8}}",
+]
+
+
+def _road(root: Path, overrides: list[str]) -> dict[str, Path]:
     """The folder of every stage, from a tiny ViT's weights to healing by two healers."""
-    root = tmp_path_factory.mktemp("road")
     folders = {
         name: root / name for name in ("dense", "calibration", "activations", "allocation", "pruning", "healing")
     }
@@ -37,10 +44,15 @@ def healed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for stage in (calibration, activations, allocation, pruning, healing):
         name = stage.__name__.rpartition(".")[2]
         folders[name].mkdir()
-        params = load(None, OVERRIDES).restrict(STAGES[name].params)
+        params = load(None, overrides).restrict(STAGES[name].params)
         inputs = {upstream: folders[upstream] for upstream in STAGES[name].upstream}
         stage.run(params, inputs, folders[name], Progress(root / "work" / name / "checkpoints"))
     return folders
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return _road(tmp_path_factory.mktemp("road"), OVERRIDES)
 
 
 def _stays(folder: Path, mask: Mask) -> dict[str, Tensor]:
@@ -64,3 +76,26 @@ def test_masks_are_the_bundles_and_not_the_reports(healed: dict[str, Path]) -> N
     assert [report["method"] for report in reports] == ["unipts", "starfish"]
     assert all("pruned" not in report and "seconds" not in report for report in reports)
     assert len(reports[0]["losses"]) == 6 and reports[0]["params"]["lr"] == 0.1
+
+
+def test_a_cut_at_once_says_nothing_of_rounds(healed: dict[str, Path]) -> None:
+    assert "round" not in (healed["healing"] / "healing.json").read_text()
+    assert "rounds" not in bundle.read(healed["healing"] / "bundle")["method"]
+
+
+def test_of_rounds_all_are_reported_and_the_last_leaves_bundles(tmp_path: Path) -> None:
+    folders = _road(tmp_path, IN_ROUNDS)
+    reports = json.loads((folders["healing"] / "healing.json").read_text())
+    ran = [(report["method"], report["round"]) for report in reports]
+    assert ran == [("closed_form", 1), ("starfish", 1), ("closed_form", 2), ("starfish", 2)]
+    cut = artifacts.load_pruned(folders["pruning"])
+    assert isinstance(cut, ChannelCut)
+    for folder in (folders["healing"], folders["healing"] / "after" / "closed_form"):
+        assert widths(bundle.load(folder / "bundle")) | cut.kept == widths(bundle.load(folder / "bundle"))
+    made = bundle.read(folders["healing"] / "bundle")["method"]
+    assert made["healers"] == ["closed_form", "starfish"] and made["rounds"] == 2
+    assert list(evaluation.candidates(folders)) == ["dense", "pruned", "after closed_form", "healed"]
+    kept = tmp_path / "work" / "healing" / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["1-starfish", "3-starfish"]
+    names = [row[2] for row in plots.PLOTS["healing"].rows(folders["healing"])]
+    assert list(dict.fromkeys(names)) == ["starfish round 1", "starfish round 2"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heal.errors import ArchitectureError, BudgetError
+from heal.errors import ArchitectureError, BudgetError, MethodError
 from tasks import params, rehearsal
 from tests.heal import nets
 
@@ -52,3 +52,12 @@ def test_depth_is_rehearsed_without_a_search(net: str, budget: str, reason: str 
         return
     with pytest.raises((ArchitectureError, BudgetError), match=reason):
         rehearsal._refuse_methods(asked, nets.build(net), (nets.SIZE, nets.SIZE))
+
+
+def test_rounds_that_the_pruner_cannot_share_out_are_refused_by_the_rehearsal() -> None:
+    asked = params.load(None, ["healing.rounds=2"])
+    said = r"-S healing\.rounds=2: healing\.rounds: rounds = 2, but the pruner also writes weights.*fold_mean: false"
+    with pytest.raises(MethodError, match=said):
+        rehearsal._refuse_methods(asked, nets.build("vit"), (nets.SIZE, nets.SIZE))
+    only_chooses = params.load(None, ["healing.rounds=2", "pruning.variance.fold_mean=false"])
+    rehearsal._refuse_methods(only_chooses, nets.build("vit"), (nets.SIZE, nets.SIZE))

@@ -308,3 +308,17 @@ def test_dropped_blocks_are_named_beside_what_was_cut(tmp_path: Path) -> None:
         "blocks.1 , blocks.3" in text and "Dropped blocks are not there, so every runtime has less to compute" in text
     )
     assert "Producer" not in text and "Width kept" not in text
+
+
+def test_rounds_are_told_and_the_last_is_drawn(tmp_path: Path) -> None:
+    inputs = deit(tmp_path / "in")
+    once = json.loads((inputs["healing"] / "healing.json").read_text())
+    reports = [report | {"round": number, "notes": ["a note"]} for number in (1, 2) for report in once]
+    (inputs["healing"] / "healing.json").write_text(json.dumps(reports))
+    text = Page(run(inputs, tmp_path / "out")).text
+    assert "healed by closed_form, then starfish in 2 rounds" in text
+    assert "dense pruned after closed_form healed" in text
+    assert "starfish round 1" in text and "starfish round 2" in text and "before healing in round 2" in text
+    assert "closed_form round 1: a note" in text and "What goes was taken away in 2 rounds, each healed." in text
+    plain = Page(run(deit(tmp_path / "plain"), tmp_path / "out2")).text
+    assert "round" not in plain.replace("rounded", "")
