@@ -3,7 +3,7 @@
 What goes is decided once, from the dense network; of every layer or group each step takes an equal share, and the last
 step leaves exactly what the pruner left. First goes what weighs least: of masks the weights of least magnitude, of cuts
 the channels of least norm of the rows that make them; both read the dense weights and no statistics, so the order is
-known before anything is healed. Blocks are dropped in the network's order. Widths are multiples of something only at the end.
+known before anything is healed. Blocks go in the network's order. Widths are multiples of something only at the end.
 
 Pruning and training in turns: Han et al. (arXiv 1506.02626). These steps are ours, and which network a healer is shown.
 """
