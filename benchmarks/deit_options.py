@@ -46,11 +46,14 @@ OPTIONS = {
     "affine, kl 0.5": Starfish(affine=True, kl=0.5),
     "affine, kl 0.1, mse 0.1": Starfish(affine=True, kl=0.1, mse=0.1),
     "affine, kl 0.1, depth 1": Starfish(affine=True, kl=0.1, depth=1.0),
+    "affine, kl 0.1, final": Starfish(affine=True, kl=0.1, final=True),
     "affine, kl 0.1, lr 1.5e-3": Starfish(affine=True, kl=0.1, lr=1.5e-3),
     "affine, kl 0.1, batches of 16": Starfish(affine=True, kl=0.1, batch_size=16),
     "affine, kl 0.1, batches of 8": Starfish(affine=True, kl=0.1, batch_size=8),
     "affine, kl 0.1, batches of 16, lr 1e-3": Starfish(affine=True, kl=0.1, batch_size=16, lr=1e-3),
     "affine, kl 0.5, batches of 8": Starfish(affine=True, kl=0.5, batch_size=8),
+    "affine, kl 0.1, batches of 8, final": Starfish(affine=True, kl=0.1, batch_size=8, final=True),
+    "affine, kl 0.1, batches of 8, mse 0.1": Starfish(affine=True, kl=0.1, batch_size=8, mse=0.1),
 }
 POINT = ("start", "sparsity", "options")
 COLUMNS = (*POINT, "agreement", "divergence", "alignment", "seconds")

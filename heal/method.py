@@ -169,6 +169,8 @@ def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset
         _refuse_no_group(model, who, _kinds(needs))
     if "projections" in needs and not family.projections:
         raise ArchitectureError(f"{who} is about projections on skip paths, but family {family.name} names none")
+    if "last_norm" in needs and not family.last_norm:
+        raise ArchitectureError(f"{who} compares the norm behind the blocks (final), but family {family.name} has none")
     if "norms" in needs and not family.norms:
         raise ArchitectureError(f"{who} rewrites the weights of norms, but family {family.name} names none")
 

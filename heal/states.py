@@ -104,6 +104,7 @@ class TeacherStates:
     """The teacher's states and logits, computed once a batch; of states float16 unit rows.
 
     `pruned`: what was cut of the student; states then have the channels that stay, and are those of `goals`.
+    `beyond`: modules behind the blocks whose outputs are states, too.
     Cosines need directions only, so unit rows are kept: float16 then cannot overflow. They stay in
     memory up to `cache_bytes`, on disk (a memory-mapped file) up to `spill_bytes`, and are computed
     again beyond; the values are the same in all three cases.
@@ -117,10 +118,11 @@ class TeacherStates:
         spill_bytes: int,
         log: Callable[[str], None],
         pruned: Mask | ChannelCut | None = None,
+        beyond: tuple[str, ...] = (),
     ) -> None:
         self.teacher, self.layout, self.replay = teacher, describe(teacher).states, replay
-        self.goals = goals(teacher, pruned)
-        self.kept = kept(teacher, pruned, "blocks") if pruned else {}
+        self.goals = goals(teacher, pruned) | {module: module for module in beyond}
+        self.kept = kept(teacher, pruned, "followers") | kept(teacher, pruned, "blocks") if pruned else {}
         self.cache_bytes, self.spill_bytes, self.log = cache_bytes, spill_bytes, log
         self.buffer: Tensor | None = None
         self.places: dict[tuple[int, str], tuple[int, torch.Size]] = {}

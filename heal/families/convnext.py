@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from heal.families.discovery import children, classifier, matrices, mlp_pairs, norms, present
+from heal.families.discovery import children, classifier, first_norm, matrices, mlp_pairs, norms, present
 from heal.families.family import Family
 from heal.families.skips import droppable
 
@@ -21,4 +21,5 @@ def convnext(model: nn.Module) -> Family:
         norms=norms(model),
         classifier=classifier(model),
         droppable=droppable(model, blocks),
+        last_norm=first_norm(model, "head.norm"),
     )

@@ -34,6 +34,12 @@ def norms(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if _is_norm(module))
 
 
+def first_norm(model: nn.Module, *names: str) -> str:
+    """The first of these modules that normalises, or ""."""
+    known = norms(model)
+    return next((name for name in names if name in known), "")
+
+
 def classifier(model: nn.Module) -> tuple[str, ...]:
     """The layers that timm calls the classifier; a distilled DeiT has two, a headless model none."""
     heads = model.get_classifier()  # type: ignore[operator]

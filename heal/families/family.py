@@ -92,7 +92,8 @@ class Family:
     `states` says how a block's output is laid out: "tokens" puts channels last (one vector a
     token), "maps" is [n, c, h, w] (one vector an image, as STARFISH flattens them). `projections` are the
     1x1 convolutions on skip paths. `droppable` are those of the blocks that add what they compute to their input, and
-    nothing else, so that without one its input passes on. Raises ArchitectureError when it names others.
+    nothing else, so that without one its input passes on. `last_norm` is the norm behind all blocks, if there is one.
+    Raises ArchitectureError when `droppable` names other blocks.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Family:
     projections: tuple[str, ...] = ()
     states: Literal["tokens", "maps"] = "maps"
     droppable: tuple[str, ...] = ()
+    last_norm: str = ""
 
     def __post_init__(self) -> None:
         other = [name for name in self.droppable if name not in self.blocks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from heal.families.discovery import children, classifier, matrices, mlp_pairs, norms, present
+from heal.families.discovery import children, classifier, first_norm, matrices, mlp_pairs, norms, present
 from heal.families.family import Family
 from heal.families.skips import droppable
 
@@ -22,6 +22,7 @@ def swin(model: nn.Module) -> Family:
         classifier=classifier(model),
         states="tokens",
         droppable=droppable(model, blocks),
+        last_norm=first_norm(model, "norm"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from heal.families.discovery import attentions, classifier, matrices, mlp_pairs, norms, present
+from heal.families.discovery import attentions, classifier, first_norm, matrices, mlp_pairs, norms, present
 from heal.families.family import Family
 from heal.families.skips import droppable
 
@@ -22,4 +22,5 @@ def vit(model: nn.Module) -> Family:
         classifier=classifier(model),
         states="tokens",
         droppable=droppable(model, blocks),
+        last_norm=first_norm(model, "norm", "fc_norm"),
     )

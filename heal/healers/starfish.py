@@ -43,7 +43,8 @@ class Starfish:
     Ours, and off: affine: every vector trains, too (biases, norms, layer scales). mse: weight, >= 0, of the squared
     error of the states over the mean square of the teacher's; the cosine is blind to their lengths. kl: weight, >= 0,
     of T^2 KL(teacher's classes, student's) at temperature T, > 0; 2. depth: exponent, >= 0, of a block's number
-    among those compared in its share of the loss; 0 is the plain mean.
+    among those compared in its share of the loss; 0 is the plain mean. final: the output of the norm behind the
+    blocks is a state, too, the last.
     """
 
     unit: ClassVar[str] = "any"
@@ -57,6 +58,7 @@ class Starfish:
     kl: float = 0.0
     temperature: float = 2.0
     depth: float = 0.0
+    final: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mse", "kl", "depth"):
@@ -72,7 +74,7 @@ class Starfish:
     @property
     def needs(self) -> frozenset[str]:
         """It reads no statistics; it hooks the blocks itself."""
-        return frozenset({"block_outputs"})
+        return frozenset({"block_outputs", "last_norm"} if self.final else {"block_outputs"})
 
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Train the student in place; the teacher is only read."""
@@ -85,7 +87,8 @@ class Starfish:
         order = shuffled(images.shape[0], context.seed, "healing order") if is_array(images) else None
         replay = Replay(images, self.batch_size, order)
         before = alignment(student, teacher, images, context.pruned)
-        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, log, context.pruned)
+        beyond = (describe(teacher).last_norm,) if self.final else ()
+        states = TeacherStates(teacher, replay, context.cache_bytes, context.spill_bytes, log, context.pruned, beyond)
         try:
             losses = self._train(student, teacher, replay, states, schedule, context)
         finally:

@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import heal
-from heal.errors import MethodError
+from heal.allocators.uniform import Uniform
+from heal.errors import ArchitectureError, MethodError
 from heal.families.lookup import describe
 from heal.healers.blockwise import Blockwise
 from heal.healers.distill import Distill
 from heal.healers.starfish import Starfish
 from heal.images import generator, shuffled
-from heal.method import HealContext
-from heal.values import Mask
+from heal.method import HealContext, check
+from heal.pruners.magnitude import Magnitude
+from heal.values import Budget, Mask
 from tests.heal import nets
 
 
@@ -30,10 +32,10 @@ def masked(net: str) -> tuple[nn.Module, nn.Module, Mask]:
     return dense, result.model, result.pruned
 
 
-def states(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What every block gives, and the logits."""
+def states(model: nn.Module, images: Tensor, *beyond: str) -> tuple[list[Tensor], Tensor]:
+    """What every block gives and what is `beyond`, and the logits."""
     seen: list[Tensor] = []
-    blocks = [model.get_submodule(block) for block in describe(model).blocks]
+    blocks = [model.get_submodule(block) for block in (*describe(model).blocks, *beyond)]
     handles = [block.register_forward_hook(lambda m, a, output: seen.append(output)) for block in blocks]
     logits = model(images)
     for handle in handles:
@@ -98,10 +100,11 @@ def test_distillation_follows_the_teachers_answers() -> None:
 def test_starfish_with_all_options_descends_its_written_out_loss() -> None:
     dense, student, mask = masked("vit")
     images = nets.images(4)
-    method = Starfish(epochs=1, batch_size=4, lr=1e-3, affine=True, mse=0.5, kl=0.25, temperature=4, depth=2)
+    options = {"affine": True, "mse": 0.5, "kl": 0.25, "temperature": 4, "depth": 2, "final": True}
+    method = Starfish(epochs=1, batch_size=4, lr=1e-3, **options)  # type: ignore[arg-type]
     with torch.no_grad():
-        theirs, wanted = states(dense, images)
-        ours, logits = states(student, images)
+        theirs, wanted = states(dense, images, "norm")
+        ours, logits = states(student, images, "norm")
         parts = []
         for s, t in zip(ours, theirs, strict=True):
             turned = 1 - F.cosine_similarity(s, t, dim=-1).mean()
@@ -116,6 +119,14 @@ def test_starfish_with_all_options_descends_its_written_out_loss() -> None:
     moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert {"norm.weight", "head.bias", "blocks.0.norm1.weight", "blocks.0.attn.qkv.bias"} <= moved
     assert "head.weight" not in moved and "pos_embed" not in moved
+
+
+def test_without_a_norm_behind_the_blocks_there_is_no_final_state() -> None:
+    budget, methods = Budget(weights=0.5), (Uniform(), Magnitude())
+    check(nets.build("vit"), budget, *methods, [Starfish(final=True)])
+    check(nets.build("convnext"), budget, *methods, [Starfish(final=True)])
+    with pytest.raises(ArchitectureError, match="compares the norm behind the blocks"):
+        check(nets.build("resnet"), budget, *methods, [Starfish(final=True)])
 
 
 @pytest.mark.parametrize(
