@@ -25,6 +25,7 @@ from heal.healers.distill import Distill  # noqa: E402
 from heal.healers.layerwise import Layerwise  # noqa: E402
 from heal.healers.least_squares import LeastSquares  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
+from heal.healers.unipts import Unipts  # noqa: E402
 from heal.method import Allocator, Pruner  # noqa: E402
 from heal.pruners.magnitude import Magnitude  # noqa: E402
 from heal.pruners.obs import Obs  # noqa: E402
@@ -46,6 +47,7 @@ REPAIRS: dict[str, Repair] = {
     "blockwise, 300 steps": Repair((Blockwise(steps=300),)),
     "distill": Repair((Distill(),)),
     "distill, lr 6e-4": Repair((Distill(lr=6e-4, weight_decay=0.0),)),
+    "unipts loss": Repair((Unipts(epochs=10, batch_size=32, warmup_epochs=0, augment=False, mask="fixed"),)),
     "starfish": Repair((Starfish(),)),
     "starfish, affine": Repair((Starfish(affine=True),)),
     "starfish, kl": Repair((Starfish(kl=0.1),)),

@@ -33,7 +33,7 @@ from heal.augmentation import crop_and_flip
 from heal.errors import ArchitectureError, ImagesError, MethodError
 from heal.families.discovery import batch_norms
 from heal.images import Images, Replay, generator, is_array, shuffled
-from heal.mask_policies import Dynamic
+from heal.mask_policies import Dynamic, Fixed, Weights
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating, normalising_by_batch
 from heal.naming import refuse_unknown
@@ -51,6 +51,7 @@ class Unipts:
     0.9. weight_decay: of everything, >= 0; 1e-4. decay: of masked weights, added to it, >= 0; 5e-5.
     temperature (T), base, base_decay: of the loss, > 0; 4, 8 and 0.99. augment: crop and flip at random.
     teacher: its BatchNorms normalise by the batch ("train", the code) or by running statistics ("eval").
+    mask: follows the weights ("moving", the code) or stays the pruner's ("fixed": the loss alone, for comparison).
     """
 
     unit: ClassVar[str] = "weights"
@@ -66,9 +67,11 @@ class Unipts:
     base_decay: float = 0.99
     augment: bool = True
     teacher: Literal["train", "eval"] = "train"
+    mask: Literal["moving", "fixed"] = "moving"
 
     def __post_init__(self) -> None:
         refuse_unknown("unipts.teacher", self.teacher, ("train", "eval"))
+        refuse_unknown("unipts.mask", self.mask, ("moving", "fixed"))
         if self.batch_size < 1:
             raise MethodError(f"unipts.batch_size = {self.batch_size} must be at least 1")
         if not self.decay >= 0:
@@ -99,18 +102,26 @@ class Unipts:
 
     def _train(
         self, student: nn.Module, teacher: nn.Module, images: Images, mask: Mask, context: HealContext
-    ) -> tuple[tuple[float, ...], Mask]:
+    ) -> tuple[tuple[float, ...], Mask | None]:
         trainable = dict(student.named_parameters())
-        kept = {f"{layer}.weight": int(keep.count_nonzero()) for layer, keep in mask.keep.items()}
-        masks = Dynamic(kept, self.decay, mask.pattern)
+        masks = self._policy(mask, trainable)
         batches = _Epochs(images, self.batch_size, context.seed)
         loss = _Loss(self, student, teacher, context.seed)
         training = Training("unipts", batches.of, loss, trainable, self.schedule, masks, norms="batch")
-        _make_dense(student, teacher, mask)
+        if isinstance(masks, Dynamic):
+            _make_dense(student, teacher, mask)
         with evaluating(teacher), _normalising(teacher, self.teacher):
             losses = fit(student, training, context)
+        if isinstance(masks, Fixed):
+            return losses, None
         keep = masks.materialise(trainable)
         return losses, Mask({layer: keep[f"{layer}.weight"].cpu() for layer in mask.keep}, pattern=mask.pattern)
+
+    def _policy(self, mask: Mask, trainable: Weights) -> Dynamic | Fixed:
+        if self.mask == "fixed":
+            return Fixed.of(mask, trainable)
+        kept = {f"{layer}.weight": int(keep.count_nonzero()) for layer, keep in mask.keep.items()}
+        return Dynamic(kept, self.decay, mask.pattern)
 
     @property
     def schedule(self) -> Schedule:

@@ -259,3 +259,27 @@ def test_a_killed_process_goes_on_in_the_middle_of_an_epoch_and_ends_in_the_same
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in resumed.state_dict().items())
     assert isinstance(found.pruned, Mask) and isinstance(expected.pruned, Mask)
     assert all(torch.equal(keep, expected.pruned.keep[layer]) for layer, keep in found.pruned.keep.items())
+
+
+def test_a_fixed_mask_stays_the_pruners_and_what_it_keeps_trains() -> None:
+    dense, student, mask = masked("vit")
+    before = copy.deepcopy(student.state_dict())
+    method = replace(QUICK, mask="fixed", warmup_epochs=0, augment=False)
+    report = method.heal(student, dense, nets.images(8), HealContext(pruned=mask))
+    with torch.no_grad():
+        wanted = base_decayed_kl(_answers(before, dense), dense(nets.images(8)[_first(8)]), 4.0, 8.0)
+    assert report.losses[0] == pytest.approx(float(wanted), rel=1e-4)
+    assert report.pruned is None and masking.holds(student, mask)
+    assert not torch.equal(student.state_dict()["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
+
+
+def _first(count: int) -> Tensor:
+    """The images of the first batch."""
+    return shuffled(count, 0, "unipts order 0")[:4]
+
+
+def _answers(state: dict[str, Tensor], dense: nn.Module) -> Tensor:
+    student = copy.deepcopy(dense)
+    student.load_state_dict(state)
+    answers: Tensor = student(nets.images(8)[_first(8)])
+    return answers

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.uniform import Uniform
 from heal.compat import timm
 from heal.evaluation import predict, top1
+from heal.families.lookup import describe
 from heal.healers.closed_form import ClosedForm
 from heal.method import AllocationContext, HealContext, taps
 from heal.pruned import apply
@@ -94,6 +96,19 @@ def test_cutting_by_variance_costs_what_it_costs_elsewhere(
     ClosedForm().heal(student, dense, calibration, HealContext(statistics=statistics, pruned=pruned))
     found.append(top1(predict(student, evaluation[0]), evaluation[1]))
     assert found == pytest.approx([zeroed, folded, solved], abs=NOISE)
+
+
+PUBLISHED = (14.5, 41.0, 26.2, 40.8, 51.7, 50.5, 42.6, 50.8, 52.1, 56.6, 80.9, 92.5)
+"""Per cent of each block's hidden neurons that a global ranking takes at 50 % (DVBP, arXiv 2608.17657, on ImageNet)."""
+
+
+def test_the_ranking_takes_of_every_block_what_it_takes_elsewhere(
+    dense: nn.Module, statistics: Mapping[str, LayerStats]
+) -> None:
+    allocation = GlobalVariance().allocate(dense, Budget(neurons=0.5), AllocationContext(statistics=statistics))
+    found = [100 * allocation.sparsity(pair.producer) for pair in describe(dense).pairs]
+    assert found == pytest.approx(PUBLISHED, abs=10)
+    assert np.corrcoef(found, PUBLISHED)[0, 1] > 0.95
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 0.602), (0.75, 0.019)])
