@@ -65,6 +65,7 @@ REPAIRS: dict[str, Repair] = {
     "ridge + blockwise, 300 steps": Repair((RIDGE, Blockwise(steps=300))),
     "sequential ridge + starfish, affine": Repair((SEQUENTIAL, Starfish(affine=True))),
     "sequential ridge + starfish, kl": Repair((SEQUENTIAL, Starfish(kl=0.1))),
+    "ridge + starfish, batches of 8": Repair((RIDGE, Starfish(batch_size=8))),
     "logits": Repair((LOGITS,)),
     "logits + starfish": Repair((LOGITS, Starfish())),
     "logits, ridge": Repair((LOGITS, RIDGE)),
