@@ -52,6 +52,9 @@ OPTIONS = {
     "affine, kl 0.1, batches of 8": Starfish(affine=True, kl=0.1, batch_size=8),
     "affine, kl 0.1, batches of 16, lr 1e-3": Starfish(affine=True, kl=0.1, batch_size=16, lr=1e-3),
     "affine, kl 0.5, batches of 8": Starfish(affine=True, kl=0.5, batch_size=8),
+    "affine, batches of 8": Starfish(affine=True, batch_size=8),
+    "affine, kl 0.03, batches of 8": Starfish(affine=True, kl=0.03, batch_size=8),
+    "affine, kl 0.03, batches of 8, lr 1e-3": Starfish(affine=True, kl=0.03, batch_size=8, lr=1e-3),
     "affine, kl 0.1, batches of 8, final": Starfish(affine=True, kl=0.1, batch_size=8, final=True),
     "affine, kl 0.1, batches of 8, mse 0.1": Starfish(affine=True, kl=0.1, batch_size=8, mse=0.1),
 }

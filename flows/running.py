@@ -68,7 +68,9 @@ def show_plan(file: Path, overrides: list[str], output_json: bool) -> int:
         screen.say(f"{stage.name:<13} {'cached' if stage.cached else 'would run'}")
         for reason in stage.why:
             screen.say(f"{'':<13} {reason}")
-    screen.note(stages=[{"name": s.name, "cached": s.cached, "key": s.key, "why": s.why} for s in stages])
+    screen.note(
+        auto=params.chosen, stages=[{"name": s.name, "cached": s.cached, "key": s.key, "why": s.why} for s in stages]
+    )
     screen.close()
     return 0
 

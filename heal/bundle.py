@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from heal import bundle_format, masking
 from heal.architecture import Architecture, Changes, recognise
 from heal.atomic import write_folder
-from heal.bundle_format import CARD, CONFIG, DESCRIPTION, FILES, FORMAT, VERSION, WEIGHTS, read_file, sha256
+from heal.bundle_format import CARD, CONFIG, DESCRIPTION, FILES, FORMAT, SHALLOW, VERSION, WEIGHTS, read_file, sha256
 from heal.errors import BundleError
 from heal.families.lookup import describe
 from heal.model_card import card, why_not_timm
@@ -122,8 +122,11 @@ def _described(model: nn.Module, recipe: Architecture, found: Changes, metadata:
         raise BundleError(f"metadata: {len(names)} class_names for a model of {classes} classes; name each class once")
     if known["preprocessing"] is None:
         known["preprocessing"] = preprocessing(model, recipe.kwargs)
-    shapes = {"channels": dict(found.channels), "biases": list(found.biases), "dropped": list(found.dropped)}
-    return {"format": FORMAT, "version": VERSION, "architecture": recipe.description(), **shapes, **known}
+    shapes: dict[str, Any] = {"channels": dict(found.channels), "biases": list(found.biases)}
+    if found.dropped:
+        shapes["dropped"] = list(found.dropped)
+    version = SHALLOW if found.dropped else VERSION
+    return {"format": FORMAT, "version": version, "architecture": recipe.description(), **shapes, **known}
 
 
 def _changes(description: Mapping[str, Any]) -> Changes:

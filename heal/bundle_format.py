@@ -16,6 +16,8 @@ from heal.weights_file import DENSE, DTYPES
 
 FORMAT = "regrow-bundle"
 VERSION = 1
+SHALLOW = 2
+"""The version of a bundle whose network lost blocks (`dropped`), which readers of version 1 would not build right."""
 
 DESCRIPTION = "bundle.json"
 WEIGHTS = "weights.safetensors"
@@ -84,9 +86,10 @@ def parse(data: bytes, where: Path) -> dict[str, Any]:
         raise BundleError(f"{where} is not JSON: {error}; fetch the bundle again") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise BundleError(f'{where} does not say "format": "{FORMAT}"; it is not a bundle')
-    if type(found.get("version")) is not int or found["version"] != VERSION:
-        raise BundleError(f"{where} is of version {found.get('version')!r}, this reads {VERSION}; upgrade regrow")
-    found.setdefault("dropped", [])  # bundles of 0.1 have no such key
+    if type(found.get("version")) is not int or found["version"] not in (VERSION, SHALLOW):
+        known = f"{VERSION} and {SHALLOW}"
+        raise BundleError(f"{where} is of version {found.get('version')!r}, this reads {known}; upgrade regrow")
+    found.setdefault("dropped", [])
     problem = next(_problems(found), None)
     if problem:
         raise BundleError(f"{where}: {problem}; fetch or save the bundle again")

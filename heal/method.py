@@ -142,7 +142,7 @@ def check(
             )
         _refuse_missing(model, family, f"{kind} {name_of(method)}", method.needs)
     refuse_unit(model, removed)
-    names, kinds = [name_of(healer) for healer in healers], _kinds(allocator.needs)
+    names, kinds = [name_of(healer) for healer in healers], kinds_of(allocator.needs)
     refuse_order(names, name_of(pruner))
     patterned = getattr(allocator, "pattern", None) is not None
     refuse_rounds(rounds, names, bool(getattr(pruner, "writes_weights", False)), patterned)
@@ -165,8 +165,8 @@ def _refuse_missing(model: nn.Module, family: Family, who: str, needs: frozenset
             f"{who} is for networks without BatchNorm, and {kind} has it; choose batchnorm_recalibration or "
             "variance_matching"
         )
-    if _kinds(needs):
-        _refuse_no_group(model, who, _kinds(needs))
+    if kinds_of(needs):
+        _refuse_no_group(model, who, kinds_of(needs))
     if "projections" in needs and not family.projections:
         raise ArchitectureError(f"{who} is about projections on skip paths, but family {family.name} names none")
     if "last_norm" in needs and not family.last_norm:
@@ -212,7 +212,7 @@ def taps(
 def _taps_of_cuts(model: nn.Module, family: Family, needs: frozenset[str]) -> dict[str, bool]:
     """Of the groups that the allocator cuts ("cuts <kind>"), or of all hidden channels where none says so."""
     wanted: dict[str, bool] = {}
-    for group in family.groups_of(_kinds(needs) or HIDDEN).values():
+    for group in family.groups_of(kinds_of(needs) or HIDDEN).values():
         if group.kind == "qk" and needs & {"moments", "qk_second_moment"}:
             wanted[f"{group.modules[0]}.output"] = "qk_second_moment" in needs
         for consumer in group.consumers:
@@ -227,7 +227,7 @@ def _taps_of_cuts(model: nn.Module, family: Family, needs: frozenset[str]) -> di
     return wanted
 
 
-def _kinds(needs: frozenset[str]) -> list[str]:
+def kinds_of(needs: frozenset[str]) -> list[str]:
     """The kinds of channels that an allocator with these needs cuts."""
     return [need.removeprefix("cuts ") for need in sorted(needs) if need.startswith("cuts ")]
 

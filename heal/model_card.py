@@ -14,14 +14,16 @@ def card(description: Mapping[str, Any], bytes_of_weights: int) -> str:
     lines = [*_front_matter(description), "", f"# {description['architecture']['name'].rpartition(':')[2]}", ""]
     lines += [*_facts(description, bytes_of_weights), "", *_use(description), "", *_plain_timm(description)]
     lines += [*_table("Channels that were cut", "kept", description["channels"])]
-    lines += [*_table("Blocks that were dropped", "in its place", dict.fromkeys(description["dropped"], "its input"))]
+    lines += [
+        *_table("Blocks that were dropped", "in its place", dict.fromkeys(description.get("dropped", []), "its input"))
+    ]
     lines += [*_table("Metrics", "value", description["metrics"] or {})]
     return "\n".join(lines) + "\n"
 
 
 def why_not_timm(description: Mapping[str, Any]) -> str | None:
     """Why plain timm cannot open the model, or None when it can."""
-    if description["dropped"]:
+    if description.get("dropped", []):
         return "it lacks blocks that the architecture's name says"
     if description["channels"]:
         return "its layers are narrower than the architecture's name says"
@@ -36,7 +38,7 @@ def is_masked(description: Mapping[str, Any]) -> bool:
 
 
 def _front_matter(description: Mapping[str, Any]) -> Iterator[str]:
-    is_cut = description["channels"] or description["dropped"]
+    is_cut = description["channels"] or description.get("dropped", [])
     tags = ["regrow", *(["pruned"] if is_cut or is_masked(description) else [])]
     yield from ("---", "library_name: regrow", "pipeline_tag: image-classification")
     if description["licence"]:
@@ -76,7 +78,7 @@ def _plain_timm(description: Mapping[str, Any]) -> Iterator[str]:
         yield "Plain timm opens the dense export (`heal.bundle.export_dense`) as `local-dir:path/to/the/export`."
     else:
         yield f"Plain timm cannot open this model: {reason}."
-    if is_masked(description) and not description["channels"] and not description["dropped"]:
+    if is_masked(description) and not description["channels"] and not description.get("dropped", []):
         yield "Its zeros make a smaller file; plain runtimes run it at the speed of the dense model."
 
 

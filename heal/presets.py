@@ -5,7 +5,7 @@ Every choice rests on rows of the committed tables; "Which method when" in READM
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import nn
 from heal.families.discovery import batch_norms
 from heal.families.family import Family
 from heal.families.lookup import describe
+from heal.method import Allocator, Healer, Pruner, kinds_of, name_of, refuse_unit
 from heal.values import Budget
 
 AUTO = "auto"
@@ -48,6 +49,9 @@ RECALIBRATED = Named("batchnorm_recalibration")
 MATCHED = Named("variance_matching")
 ALIGNED = Named("starfish")
 SQUARED = Named("least_squares")
+COMPENSATED = Named("qk_compensation")
+ONLY_CHOOSING = {"variance": Named("variance", {"fold_mean": False}), "obs": Named("magnitude")}
+"""In rounds, where a pruner must not write weights."""
 FREED = Named("starfish", {"affine": True, "kl": 0.1})
 
 Methods = tuple[Named, Named, tuple[Named, ...]]
@@ -75,7 +79,6 @@ DROPS: Mapping[Kind, Methods] = {
     "transformer": (Named("depth"), Named("depth"), (ALIGNED,)),
     "normalised": (Named("depth"), Named("depth"), (RECALIBRATED, ALIGNED)),
     "other": (Named("depth"), Named("depth"), (ALIGNED,)),
-    "blockless": (Named("depth"), Named("depth"), (Named("none"),)),
 }
 TABLES = {
     "blocks dropped": DROPS,
@@ -85,24 +88,49 @@ TABLES = {
 }
 
 
-def preset(model: nn.Module, removes: str, has_pattern: bool = False) -> Preset:
-    """What serves this network. removes: an allocator's unit. has_pattern: whether weights stay in an N:M pattern."""
+def choose(
+    model: nn.Module,
+    budget: Budget,
+    allocator: Allocator | None = None,
+    pruner: Pruner | None = None,
+    healers: Sequence[Healer] = (),
+    rounds: int = 1,
+) -> Preset:
+    """What serves this network beside the methods that are named. rounds: of `heal.rounds`.
+
+    Raises ArchitectureError when the network has nothing of what the budget removes.
+    """
     family = describe(model)
-    kind = _kind(model, family)
+    named = [method.unit for method in (allocator, pruner, *healers) if method is not None and method.unit != "any"]
+    default = "neurons" if family.cuttable else "weights"
+    removes = budget.removes(named[0] if named else default)
+    refuse_unit(model, removes)
+    has_pattern = getattr(allocator, "pattern", None) is not None
     masked = "weights in a pattern" if has_pattern else "weights masked"
     what = {"neurons": "channels cut", "blocks": "blocks dropped", "weights": masked}[removes]
-    return Preset(f"{what}, {family.name} ({kind})", *TABLES[what][kind])
+    kind = _kind(model, family)
+    where, which, how = TABLES[what][kind]
+    if rounds > 1:
+        which = ONLY_CHOOSING.get(which.name, which)
+    if pruner is not None and name_of(pruner) == "none":
+        how = (Named("none"),)
+    elif allocator is not None and removes == "neurons":
+        how = _healing(how, set(kinds_of(allocator.needs)), rounds)
+    return Preset(f"{what}, {family.name} ({kind})", where, which, how)
+
+
+def _healing(healers: tuple[Named, ...], kinds: set[str], rounds: int) -> tuple[Named, ...]:
+    """Of cuts of these kinds of channels: queries and keys have no consumer that could be solved anew."""
+    if kinds == {"qk"}:
+        healers = tuple(healer for healer in healers if healer != SOLVED)
+    return (COMPENSATED, *healers) if "qk" in kinds and rounds == 1 else healers
 
 
 def taken() -> set[str]:
     """The names of all methods that any preset takes."""
     methods = [row for table in TABLES.values() for row in table.values()]
-    return {method.name for allocator, pruner, healers in methods for method in (allocator, pruner, *healers)}
-
-
-def removed_by_default(model: nn.Module, budget: Budget) -> str:
-    """What goes when no allocator says so: a budget in MACs cuts channels where there are any to cut."""
-    return budget.removes("neurons" if describe(model).cuttable else "weights")
+    chosen = {method.name for allocator, pruner, healers in methods for method in (allocator, pruner, *healers)}
+    return chosen | {COMPENSATED.name}
 
 
 def _kind(model: nn.Module, family: Family) -> Kind:

@@ -26,7 +26,7 @@ from heal.method import (
     taps,
 )
 from heal.naming import nearest
-from heal.presets import AUTO, Named, preset, removed_by_default
+from heal.presets import AUTO, Named, choose
 from heal.progress import Report, quiet
 from heal.pruned import describe_cuts, refuse_broken
 from heal.pruners import PRUNERS
@@ -76,7 +76,7 @@ def recompress(
     InputError subclasses when the budget, the combination or the images make no sense, before anything is computed.
     """
     _refuse_types(budget, healers)
-    allocate, prune, heal = _methods(model, budget, allocator, pruner, healers, log)
+    allocate, prune, heal = _methods(model, budget, allocator, pruner, healers, rounds, log)
     if "labels" in allocate.needs:
         raise MethodError(
             f"allocator {name_of(allocate)} reads labels, and recompress takes none; choose another fitness"
@@ -107,25 +107,23 @@ def _methods(
     allocator: str | Allocator,
     pruner: str | Pruner,
     healers: Sequence[str | Healer],
+    rounds: int,
     log: Callable[[str], None],
 ) -> tuple[Allocator, Pruner, list[Healer]]:
     """The methods as instances, those of the preset where none is named."""
-    given = None if allocator == AUTO else method(ALLOCATORS, allocator, "allocator")
-    if given is not None and pruner != AUTO and AUTO not in healers:
-        return given, method(PRUNERS, pruner, "pruner"), [method(HEALERS, healer, "healer") for healer in healers]
     if AUTO in healers and len(healers) > 1:
         raise MethodError("healers: auto stands alone; drop it or the others")
-    removes = removed_by_default(model, budget) if given is None else budget.removes(given.unit)
-    chosen = preset(model, removes, has_pattern=hasattr(given, "pattern"))
+    where = None if allocator == AUTO else method(ALLOCATORS, allocator, "allocator")
+    which = None if pruner == AUTO else method(PRUNERS, pruner, "pruner")
+    how = None if AUTO in healers else [method(HEALERS, healer, "healer") for healer in healers]
+    if where is not None and which is not None and how is not None:
+        return where, which, how
+    chosen = choose(model, budget, where, which, how or (), rounds)
     log(f"auto: {chosen.why}")
-    wanted = chosen.healers if AUTO in healers else healers
     return (
-        _built(ALLOCATORS, chosen.allocator) if given is None else given,
-        _built(PRUNERS, chosen.pruner) if pruner == AUTO else method(PRUNERS, pruner, "pruner"),
-        [
-            _built(HEALERS, healer) if isinstance(healer, Named) else method(HEALERS, healer, "healer")
-            for healer in wanted
-        ],
+        _built(ALLOCATORS, chosen.allocator) if where is None else where,
+        _built(PRUNERS, chosen.pruner) if which is None else which,
+        [_built(HEALERS, healer) for healer in chosen.healers] if how is None else how,
     )
 
 

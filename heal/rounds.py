@@ -3,7 +3,8 @@
 What goes is decided once, from the dense network; of every layer or group each step takes an equal share, and the last
 step leaves exactly what the pruner left. First goes what weighs least: of masks the weights of least magnitude, of cuts
 the channels of least norm of the rows that make them; both read the dense weights and no statistics, so the order is
-known before anything is healed. Blocks go in the network's order. Widths are multiples of something only at the end.
+known before anything is healed. Blocks go in the order in which they were chosen.
+Widths are multiples of something only at the end.
 
 Pruning and training in turns: Han et al. (arXiv 1506.02626). These steps are ours, and which network a healer is shown.
 """
@@ -55,8 +56,11 @@ def heal_in_rounds(
     healer of every round has a folder of its own below. Raises MethodError.
     """
     refuse_rounds(rounds, [name_of(healer) for healer in healers], writes_weights=False, patterned=False)
-    whole, done, taken = context.pruned, 0, None
-    for number, step in enumerate(steps(dense, whole, rounds), start=1):
+    done, taken = 0, None
+    for number, step in enumerate(steps(dense, context.pruned, rounds), start=1):
+        if rounds > 1 and _is_idle(step, taken):
+            context.log(f"round {number}: nothing goes that was not gone before, so nothing is healed")
+            continue
         context = replace(context, pruned=step)
         now = step if taken is None else onwards(step, taken)
         shown = _shown(student, dense, healers, images, context, None if taken is None else now)
@@ -68,6 +72,15 @@ def heal_in_rounds(
             yield Healed(place, report, shown.context.pruned)
             done += 1
         taken = step
+
+
+def _is_idle(step: Mask | ChannelCut, taken: Mask | ChannelCut | None) -> bool:
+    """Whether a step takes nothing beyond the one before, of which it is a part."""
+    return _taken(step) == (0 if taken is None else _taken(taken))
+
+
+def _taken(pruned: Mask | ChannelCut) -> int:
+    return pruned.zeros if isinstance(pruned, Mask) else pruned.removed + len(pruned.dropped)
 
 
 def reads_the_step(healer: Healer, dense: nn.Module, cut: frozenset[str] = frozenset()) -> bool:

@@ -6,7 +6,6 @@ It is settled before anything is planned, so that keys, manifests and reports ho
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tasks import methods, params_file
@@ -23,13 +22,13 @@ def is_open(sections: Sections) -> bool:
     return any(_is_auto(sections, section) for section in methods.METHOD_KEYS)
 
 
-def settled(written: Written, sections: Sections) -> Written:
-    """The values with the preset's methods in place of every `auto`; params that are written stay.
+def settled(written: Written, sections: Sections) -> tuple[Written, str]:
+    """The values with the preset's methods in place of every `auto`, and for whom; params that are written stay.
 
     Raises InputError when the network that it depends on is not there.
     """
     chosen = _preset(sections)
-    filled = copy.deepcopy(written)
+    filled, why = copy.deepcopy(written), f"{AUTO} ({chosen.why})"
     named: dict[str, tuple[Named, ...]] = {
         "allocation": (chosen.allocator,),
         "pruning": (chosen.pruner,),
@@ -37,15 +36,11 @@ def settled(written: Written, sections: Sections) -> Written:
     }
     for section, taken in named.items():
         if _is_auto(sections, section):
-            key = methods.METHOD_KEYS[section]
-            _put(filled, f"{section}.{key}", _names(taken) if section == "healing" else taken[0].name, chosen)
+            names = list[Json]([method.name for method in taken])
+            _put(filled, f"{section}.{methods.METHOD_KEYS[section]}", names if section == "healing" else names[0], why)
             for method in taken:
-                _options(filled, section, method, chosen)
-    return filled
-
-
-def _names(taken: Iterable[Named]) -> list[Json]:
-    return [method.name for method in taken]
+                _options(filled, section, method, why)
+    return filled, why
 
 
 def _is_auto(sections: Sections, section: str) -> bool:
@@ -54,29 +49,30 @@ def _is_auto(sections: Sections, section: str) -> bool:
 
 
 def _preset(sections: Sections) -> Preset:
-    from heal.presets import preset, removed_by_default
+    from heal.presets import choose
     from tasks import dense_source
 
-    model = dense_source.skeleton(sections.dense, is_digits=sections.calibration.source == "digits")
-    budget = sections.allocation.budget.build()
-    if _is_auto(sections, "allocation"):
-        return preset(model, removed_by_default(model, budget))
-    allocator = methods.allocator(sections)
-    return preset(model, budget.removes(allocator.unit), has_pattern=hasattr(allocator, "pattern"))
+    return choose(
+        dense_source.skeleton(sections.dense, is_digits=sections.calibration.source == "digits"),
+        sections.allocation.budget.build(),
+        None if _is_auto(sections, "allocation") else methods.allocator(sections),
+        None if _is_auto(sections, "pruning") else methods.pruner(sections),
+        [methods.healer(sections, name) for name in sections.healing.methods if name != AUTO],
+        sections.healing.rounds,
+    )
 
 
-def _options(filled: Written, section: str, method: Named, chosen: Preset) -> None:
+def _options(filled: Written, section: str, method: Named, why: str) -> None:
     own: Any = filled.values.get(section)
     given = own.get(method.name) if isinstance(own, dict) else None
     for key, value in method.params.items():
         if not isinstance(given, dict) or key not in given:
-            _put(filled, f"{section}.{method.name}.{key}", value, chosen)
+            _put(filled, f"{section}.{method.name}.{key}", value, why)
 
 
-def _put(filled: Written, dotted: str, value: Json, chosen: Preset) -> None:
-    place = f"{AUTO} ({chosen.why})"
-    params_file.put(filled, dotted, value, {dotted: place})
-    # A section that is made for this sets nothing else: the rest of it is at its defaults still.
-    for section in methods.METHOD_KEYS:
-        if filled.places.get(section) == place:
-            del filled.places[section]
+def _put(filled: Written, dotted: str, value: Json, why: str) -> None:
+    section = dotted.partition(".")[0]
+    is_new = section not in filled.values
+    params_file.put(filled, dotted, value, {dotted: why})
+    if is_new:  # the rest of the section is at its defaults still
+        del filled.places[section]

@@ -24,6 +24,9 @@ HEADER = "# Written by `python -m tasks.dvcfile` from tasks/table.py; a test com
 # name another, and a new method must need no other change than its file and its line.
 METHOD_FOLDERS = {"allocation": "heal.allocators", "pruning": "heal.pruners", "healing": "heal.healers"}
 
+PRESETS = ("heal/presets.py", "tasks/auto.py")
+"""What decides which methods `auto` stands for; the methods themselves are in the keys of the store."""
+
 OUTPUTS = {"healing": ["data/healed"]}
 """What DVC itself keeps, so that `dvc pull` brings a model."""
 
@@ -72,6 +75,7 @@ def _code(stage: Stage) -> list[str]:
     modules = code.closure(stage.module, methods)
     files = {f"{name.replace('.', '/')}.py" for name in modules if name.rpartition(".")[0] not in folders}
     folders = [folder.replace(".", "/") for folder in folders]
+    files |= set(PRESETS) if folders else set()
     beside = [f"{stage.module.rpartition('.')[0].replace('.', '/')}/{name}" for name in stage.files]
     return sorted({*files, *folders, *beside})
 

@@ -108,6 +108,7 @@ def contradictions(sections: Sections, place: Callable[[str], str]) -> Iterator[
     """Why the named methods cannot work on this budget, or without labels, if they cannot; one line each."""
     yield from _other_units(sections, place)
     yield from _labels_forbidden(sections, place)
+    yield from _undivided(sections, place)
 
 
 def _other_units(sections: Sections, place: Callable[[str], str]) -> Iterator[str]:
@@ -133,6 +134,18 @@ def _labels_forbidden(sections: Sections, place: Callable[[str], str]) -> Iterat
                 f"{place(key)}: {key} = labels reads the labels of the calibration images, but calibration.labels is "
                 f"false ({place('calibration.labels')}); set it to true, or choose a fitness that reads none"
             )
+
+
+def _undivided(sections: Sections, place: Callable[[str], str]) -> Iterator[str]:
+    from heal.errors import MethodError
+    from heal.healer_rules import refuse_rounds
+
+    writes = bool(getattr(pruner(sections), "writes_weights", False))
+    patterned = getattr(allocator(sections), "pattern", None) is not None
+    try:
+        refuse_rounds(sections.healing.rounds, sections.healing.methods, writes, patterned)
+    except MethodError as error:
+        yield f"{place('healing.rounds')}: healing.rounds: {error}"
 
 
 def _unit(section: str, method: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from heal.errors import MethodError
 from tasks import auto, methods
@@ -32,27 +33,51 @@ class UndeclaredReadError(Exception):
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Params:
     """The params of a file (None: the defaults) with `section.key=value` overrides on top.
 
-    Raises ParamsError with one line for each thing to change, MethodError when the methods named
-    make no sense together.
+    Raises ParamsError with one line for each thing to change, MethodError when the methods named make no sense
+    together. Methods that are left to `auto` are chosen when one of them is first asked for, as only then the dense
+    model must be there; what is wrong with them is raised then.
     """
-    params = of(override(Written() if path is None else read(path), overrides))
-    idle = list(dict.fromkeys(methods.idle(params.sections, override(Written(), overrides).places)))
-    if idle:
-        raise ParamsError(idle)
-    return params
+    return of(override(Written() if path is None else read(path), overrides), override(Written(), overrides).places)
 
 
-def of(written: Written) -> Params:
-    """The params of values that were written somewhere, the methods left to `auto` chosen. Raises as `load` does."""
-    sections = checked(written)
-    if auto.is_open(sections):
-        written = auto.settled(written, sections)
-        sections = checked(written)
-    params = Params(sections, written.places)
-    contradictions = list(methods.contradictions(params.sections, params.where))
-    if contradictions:
-        raise MethodError("\n".join(contradictions))
-    return params
+def of(written: Written, overridden: Mapping[str, str] | None = None) -> Params:
+    """The params of values that were written somewhere. overridden: the places of overrides. Raises as `load` does."""
+    whole = _Whole(checked(written), written, overridden or {})
+    if not auto.is_open(whole.given):
+        _ = whole.settled
+    return Params(whole)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All sections, as given, and with every `auto` settled."""
+
+    given: schema.Sections
+    written: Written = field(compare=False)
+    overridden: Mapping[str, str] = field(compare=False)
+
+    @cached_property
+    def settled(self) -> _Settled:
+        """Raises InputError subclasses."""
+        sections, written, why = self.given, self.written, ""
+        if auto.is_open(sections):
+            written, why = auto.settled(written, sections)
+            sections = checked(written)
+        contradictions = list(methods.contradictions(sections, lambda key: _place(written, key)))
+        if contradictions:
+            raise MethodError("\n".join(contradictions))
+        idle = list(dict.fromkeys(methods.idle(sections, self.overridden)))
+        if idle:
+            raise ParamsError(idle)
+        return _Settled(sections, written, why)
+
+
+class _Settled(NamedTuple):
+    """The sections, where their values were set, and for whom methods were chosen, "" where all were named."""
+
+    sections: schema.Sections
+    written: Written
+    why: str
 
 
 @dataclass(frozen=True)
@@ -62,9 +87,13 @@ class Params:
     `allowed` holds the dotted keys that may be read (None: all).
     """
 
-    sections: schema.Sections = field(repr=False)
-    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    whole: _Whole = field(repr=False)
     allowed: tuple[str, ...] | None = None
+
+    @property
+    def sections(self) -> schema.Sections:
+        """All of them, with methods in place of every `auto`."""
+        return self.whole.settled.sections
 
     @property
     def dense(self) -> schema.Dense:
@@ -143,7 +172,7 @@ class Params:
         (`healing.methods`) stands for the statistics that those methods need, as `needs`.
         """
         # A permission that is not given counts in no section: what was made before there was such a param is found.
-        without = PERMISSIONS if self.sections.calibration.labels else (*PERMISSIONS, "calibration.labels")
+        without = PERMISSIONS if self.whole.given.calibration.labels else (*PERMISSIONS, "calibration.labels")
         found: dict[str, Json] = {}
         for key in keys:
             section, _, leaf = key.partition(".")
@@ -166,13 +195,13 @@ class Params:
 
     def where(self, dotted: str) -> str:
         """Where a key was set: "params.yaml:12", "-S a.b=1", or "default"."""
-        return Written({}, dict(self.places)).place(dotted) or "default"
+        is_settled = dotted.partition(".")[0] in methods.METHOD_KEYS
+        return _place(self.whole.settled.written if is_settled else self.whole.written, dotted)
 
     @property
     def chosen(self) -> str:
         """What `auto` stands for, and why; empty where every method was named."""
-        keys = [f"{section}.{key}" for section, key in methods.METHOD_KEYS.items()]
-        why = next((place for place in map(self.where, keys) if place.startswith(schema.AUTO)), "")
+        why = self.whole.settled.why
         return f"{why}: {', '.join(name for _, name in methods.named(self.sections))}" if why else ""
 
     def flat(self) -> dict[str, Scalar]:
@@ -184,21 +213,30 @@ class Params:
         }
 
     def _section(self, name: str, kind: type[AnySection]) -> AnySection:
-        section: AnySection = getattr(self.sections, name)
+        section: AnySection = self._whole_section(name)
         if self.allowed is None or name in self.allowed:
             return section
         leaves = frozenset(key.partition(".")[2] for key in (*self.allowed, *PERMISSIONS) if key.startswith(f"{name}."))
         return _Partial(section, name, leaves)  # type: ignore[return-value]
+
+    def _whole_section(self, name: str) -> Any:
+        """Only sections that name methods need them settled."""
+        return getattr(self.sections if name in methods.METHOD_KEYS else self.whole.given, name)
 
     def _require(self, key: str) -> None:
         if self.allowed is not None and not {key, key.partition(".")[0]} & set(self.allowed):
             raise UndeclaredReadError(f"{key} is read but not declared in the stage's row of table.py")
 
     def _plain(self, section: str, without: Sequence[str] = ()) -> dict[str, Json]:
-        values: dict[str, Json] = getattr(self.sections, section).model_dump(mode="json")
-        used = {name for of, name in methods.named(self.sections) if of == section}
-        others = set(methods.known(section)) - used if section in methods.METHOD_KEYS else set()
+        values: dict[str, Json] = self._whole_section(section).model_dump(mode="json")
+        others = set[str]()
+        if section in methods.METHOD_KEYS:
+            others = set(methods.known(section)) - {name for of, name in methods.named(self.sections) if of == section}
         return {key: value for key, value in values.items() if key not in others and f"{section}.{key}" not in without}
+
+
+def _place(written: Written, dotted: str) -> str:
+    return written.place(dotted) or "default"
 
 
 class _Partial:

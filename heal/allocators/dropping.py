@@ -30,13 +30,18 @@ class Goal:
 
     @classmethod
     def of(cls, model: nn.Module, budget: Budget, context: AllocationContext) -> Goal:
-        """Raises BudgetError when no choice of blocks meets it, ArchitectureError when none can be dropped, ImagesError
-        when a budget in MACs has no image to know its size."""
+        """Raises BudgetError when no choice of blocks meets it, or none would go, ArchitectureError when none can be
+        dropped, ImagesError when a budget in MACs has no image to know its size."""
         family = droppable_or_raise(model)
         blocks = family.droppable
         cost = CutCost.of(model, context) if budget.unit == "macs" else None
         most = len(blocks) - (len(blocks) == len(family.blocks))
         goal = cls(budget, blocks, most, budget.kept(len(blocks) if cost is None else cost.dense), cost)
+        if budget.fraction and goal.is_met(()):
+            raise BudgetError(
+                f"budget {budget.unit} = {budget.fraction:g} is less than half of one of the {len(blocks)} blocks that "
+                f"can go, so nothing would; write at least {1 / len(blocks):.3g}"
+            )
         extremes = [blocks] if most == len(blocks) else [tuple(b for b in blocks if b != stays) for stays in blocks]
         best = min(extremes, key=goal.left)
         if not goal.is_met(best):

@@ -102,5 +102,6 @@ def _checked(family: Family, model: nn.Module) -> Family:
 
 def _names(family: Family) -> Iterator[str]:
     yield from (*family.layers, *family.blocks, *family.norms, *family.classifier, *family.projections)
+    yield from (family.last_norm,) if family.last_norm else ()
     for group in family.cuttable.values():
         yield from (*group.modules, *group.followers, *group.consumers, *group.blocks)

@@ -22,5 +22,7 @@ class Depth:
         return frozenset()
 
     def prune(self, model: nn.Module, allocation: Allocation, statistics: Statistics) -> ChannelCut:
-        """The blocks that go; no channels."""
-        return ChannelCut({}, {}, dropped=tuple(block for block, kept in allocation.kept.items() if not kept))
+        """The blocks that go, first those that the allocation let go first; no channels."""
+        gone = [block for block, kept in allocation.kept.items() if not kept]
+        order = list(allocation.evidence.get("order", gone))
+        return ChannelCut({}, {}, dropped=tuple(sorted(gone, key=order.index)))

@@ -78,7 +78,7 @@ def test_the_digest_covers_every_file(whole: Path, copy: Path) -> None:
 
 
 CLAIMS: dict[str, tuple[Mapping[str, Any], str]] = {
-    "version": ({"version": 2}, "version 2, this reads 1; upgrade"),
+    "version": ({"version": 3}, "version 3, this reads 1 and 2; upgrade"),
     "version as a bool": ({"version": True}, "version True"),
     "format": ({"format": "other"}, "not a bundle"),
     "tensors": ({"tensors": []}, "'tensors' is a list, not dict"),

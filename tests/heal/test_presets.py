@@ -8,17 +8,20 @@ from torch import nn
 
 import heal
 from heal.allocators import ALLOCATORS
+from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.n_of_m import NOfM
 from heal.errors import ArchitectureError, MethodError
 from heal.healers import HEALERS
+from heal.healers.unipts import Unipts
 from heal.method import check, name_of
-from heal.presets import Named, Preset, preset, removed_by_default, taken
+from heal.presets import Named, Preset, choose, taken
 from heal.pruners import PRUNERS
+from heal.pruners.magnitude import Magnitude
+from heal.pruners.none import NoPruning
 from tests.heal import nets
 
-BUDGETS = {"neurons": heal.Budget(neurons=0.5), "weights": heal.Budget(weights=0.5)}
+BUDGETS = {"neurons": heal.Budget(neurons=0.5), "weights": heal.Budget(weights=0.5), "blocks": heal.Budget(blocks=0.5)}
 VGG = ("vgg", "blocks")  # nothing is added there, so nothing can be dropped
-DEPTH = heal.Budget(blocks=0.3)
 
 
 class Plain(nn.Module):
@@ -42,11 +45,11 @@ class Plain(nn.Module):
 )
 def test_every_preset_makes_sense_on_every_network(name: str, removes: str, pattern: bool) -> None:
     model = Plain() if name == "plain" else nets.build(name)
-    found = preset(model, removes, pattern)
+    found = choose(model, BUDGETS[removes], NOfM() if pattern else None)
     allocator = ALLOCATORS[found.allocator.name](**found.allocator.params)
     pruner = PRUNERS[found.pruner.name](**found.pruner.params)
     healers = [HEALERS[healer.name](**healer.params) for healer in found.healers]
-    check(model, BUDGETS.get(removes, DEPTH), allocator, pruner, healers)
+    check(model, BUDGETS[removes], allocator, pruner, healers)
     assert {name_of(method) for method in (allocator, pruner, *healers)} <= taken()
 
 
@@ -60,25 +63,44 @@ def test_every_preset_makes_sense_on_every_network(name: str, removes: str, patt
     ],
 )
 def test_what_is_chosen_depends_on_the_network_and_on_what_goes(name: str, removes: str, names: list[str]) -> None:
-    assert _names(preset(nets.build(name), removes)) == names
+    assert _names(choose(nets.build(name), BUDGETS[removes])) == names
 
 
 def test_a_network_without_blocks_is_not_aligned() -> None:
-    assert _names(preset(Plain(), "weights")) == ["lamp", "magnitude", "least_squares"]
+    assert _names(choose(Plain(), BUDGETS["weights"])) == ["lamp", "magnitude", "least_squares"]
 
 
 def test_macs_are_saved_by_cuts_where_there_is_anything_to_cut() -> None:
     budget = heal.Budget(macs=0.3)
-    assert removed_by_default(nets.build("vit"), budget) == "neurons"
-    assert removed_by_default(Plain(), budget) == "weights"
+    assert _names(choose(nets.build("vit"), budget))[0] == "global_variance"
+    assert _names(choose(Plain(), budget))[0] == "lamp"
+    assert _names(choose(nets.build("vit"), budget, pruner=Magnitude()))[0] == "uniform"
+    assert _names(choose(nets.build("vit"), budget, healers=[Unipts()]))[1] == "obs"
 
 
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_in_rounds_pruners_only_choose() -> None:
+    assert choose(nets.build("vit"), BUDGETS["neurons"], rounds=2).pruner == Named("variance", {"fold_mean": False})
+    assert choose(nets.build("vit"), BUDGETS["weights"], rounds=2).pruner == Named("magnitude")
+    assert choose(nets.build("vit"), BUDGETS["weights"]).pruner == Named("obs")
+
+
+def test_healers_suit_what_the_named_allocator_cuts_and_a_pruner_that_leaves_all() -> None:
+    def healers(*kinds: str, rounds: int = 1) -> list[str]:
+        allocator = GlobalVariance(kinds=kinds)  # type: ignore[arg-type]
+        return _names(choose(nets.build("vit"), BUDGETS["neurons"], allocator, rounds=rounds))[2:]
+
+    assert healers("qk") == ["qk_compensation", "starfish"]
+    assert healers("mlp", "qk", "v") == ["qk_compensation", "closed_form", "starfish"]
+    assert healers("mlp", "qk", rounds=2) == ["closed_form", "starfish"]
+    assert _names(choose(nets.build("vit"), BUDGETS["neurons"], pruner=NoPruning()))[2:] == ["none"]
+
+
+@pytest.mark.parametrize("budget", list(BUDGETS.values()), ids=list(BUDGETS))
 def test_naming_nothing_is_naming_what_the_preset_names(budget: heal.Budget) -> None:
     model, images = nets.build("vit"), nets.images(8)
     said: list[str] = []
     chosen = heal.recompress(model, images, budget, log=said.append)
-    found = preset(model, budget.unit)
+    found = choose(model, budget)
     healers = [HEALERS[healer.name](**healer.params) for healer in found.healers]
     named = heal.recompress(model, images, budget, found.allocator.name, found.pruner.name, healers)
     assert f"auto: {found.why}" in said
@@ -98,9 +120,10 @@ def test_auto_stands_alone_among_healers() -> None:
         heal.recompress(nets.build("vit"), nets.images(2), BUDGETS["neurons"], healers=["auto", "starfish"])
 
 
-def test_cuts_of_a_network_that_has_none_are_refused_as_ever() -> None:
+@pytest.mark.parametrize("removes", ["neurons", "blocks"])
+def test_what_a_network_does_not_have_is_refused_as_ever(removes: str) -> None:
     with pytest.raises(ArchitectureError, match="Plain"):
-        heal.recompress(Plain(), nets.images(2), BUDGETS["neurons"])
+        heal.recompress(Plain(), nets.images(2), BUDGETS[removes])
 
 
 def _names(found: Preset) -> list[str]:

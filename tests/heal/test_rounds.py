@@ -279,7 +279,10 @@ def test_what_cannot_go_in_steps_is_refused_before_anything_is_computed() -> Non
     neurons, weights = heal.Budget(neurons=0.5), heal.Budget(weights=0.5)
     for said, asked in (
         (r"rounds = 0 must be at least 1", {"budget": neurons, "rounds": 0}),
-        (r"set pruning\.variance\.fold_mean: false and name mean_folding or closed_form", {"budget": neurons}),
+        (
+            r"set pruning\.variance\.fold_mean: false and name mean_folding or closed_form",
+            {"budget": neurons, "pruner": "variance"},
+        ),
         (r"in place of obs take magnitude", {"budget": weights, "allocator": "uniform", "pruner": "obs"}),
         (r"an N:M pattern holds only", {"budget": weights, "allocator": "n_of_m", "pruner": "magnitude"}),
         (
@@ -302,6 +305,17 @@ def test_what_cannot_go_in_steps_is_refused_before_anything_is_computed() -> Non
     ):
         with pytest.raises(MethodError, match=said):
             heal.recompress(model, images, **({"rounds": 2, "healers": [QUICK]} | asked))
+
+
+def test_a_round_in_which_nothing_goes_heals_nothing() -> None:
+    dense = DENSE["vit"]
+    result = heal.recompress(
+        dense, nets.images(8), heal.Budget(blocks=0.4), healers=[QUICK], rounds=3, log=(said := list[str]()).append
+    )
+    assert [report.round for report in result.report.healing] == [2]
+    assert [line for line in said if "nothing goes" in line] == [
+        f"round {number}: nothing goes that was not gone before, so nothing is healed" for number in (1, 3)
+    ]
 
 
 def test_what_a_pruner_wrote_or_patterned_has_no_steps() -> None:

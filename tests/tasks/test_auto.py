@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from heal.errors import InputError, MethodError
-from tasks import registry
+from tasks import dense_source, dvcfile, registry
 from tasks.keys import stage_key
 from tasks.params import Params, load
 from tasks.params_file import ParamsError
@@ -26,7 +26,7 @@ def chosen(params: Params) -> list[str]:
 def test_nothing_named_is_what_the_preset_names_key_for_key() -> None:
     auto, named = load(None), load(None, NAMED)
     assert chosen(auto) == ["global_variance", "variance", "closed_form", "starfish"]
-    assert auto == named
+    assert auto.sections == named.sections
     for stage in STAGES.values():
         inputs = dict.fromkeys(stage.upstream, "0")
         assert stage_key(stage, auto, inputs)[0] == stage_key(stage, named, inputs)[0]
@@ -57,11 +57,11 @@ def test_one_method_named_leaves_the_others_to_the_preset() -> None:
 
 def test_a_method_that_contradicts_the_budget_is_refused_where_it_stands() -> None:
     with pytest.raises(MethodError, match=r"^-S pruning.method=magnitude: .* in neurons \(default\)"):
-        load(None, ["pruning.method=magnitude"])
+        _ = load(None, ["pruning.method=magnitude"]).healing
     with pytest.raises(ParamsError, match="auto stands alone"):
         load(None, ["healing.methods=[auto, starfish]"])
     with pytest.raises(ParamsError, match="distill does not run"):
-        load(None, ["healing.distill.lr=0.1"])
+        _ = load(None, ["healing.distill.lr=0.1"]).healing
 
 
 def test_every_source_tells_its_family(tmp_path: Path, bundles: dict[str, Path], home: Path) -> None:
@@ -82,6 +82,32 @@ def test_every_source_tells_its_family(tmp_path: Path, bundles: dict[str, Path],
         ("models:/model@champion", "registry"),
     ],
 )
-def test_a_network_that_is_not_there_is_said_at_once(source: str, expected: str) -> None:
+def test_only_what_asks_for_a_method_needs_the_network(source: str, expected: str) -> None:
+    params = load(None, [f"dense.source={source}", "calibration.source=imagefolder:here"])
+    assert params.registration.name == "digits-vit" and params.where("registration.name") == "default"
     with pytest.raises(InputError, match=expected):
-        load(None, [f"dense.source={source}", "calibration.source=imagefolder:here"])
+        _ = params.allocation
+
+
+def test_what_stages_are_handed_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = dense_source.skeleton
+    monkeypatch.setattr(
+        dense_source, "skeleton", lambda section, is_digits: asked.append("asked") or real(section, is_digits)
+    )
+    params = load(None)
+    for stage in STAGES.values():
+        params.restrict(stage.params).slice(stage.params)
+    assert asked == ["asked"]
+
+
+def test_rounds_are_chosen_for_and_what_cannot_go_in_rounds_is_refused_at_once() -> None:
+    assert load(None, ["healing.rounds=2"]).pruning.options("variance")["fold_mean"] is False
+    with pytest.raises(MethodError, match=r"^-S healing.rounds=2: healing.rounds: rounds = 2, but the pruner"):
+        load(None, [*NAMED, "healing.rounds=2"])
+
+
+def test_presets_count_where_dvc_looks() -> None:
+    stages = dvcfile.render()["stages"]
+    for name in ("allocation", "pruning", "healing"):
+        assert {"heal/presets.py", "tasks/auto.py"} <= set(stages[name]["deps"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heal.errors import ArchitectureError, BudgetError, MethodError
+from heal.errors import ArchitectureError, BudgetError
 from tasks import params, rehearsal
 from tests.heal import nets
 
@@ -38,6 +38,7 @@ DEPTH = ["allocation.method=depth", "pruning.method=depth", "healing.methods=[st
     [
         ("vit", "{blocks: 0.3}", None),
         ("vit", "{macs: 0.5}", None),
+        ("vit", "{blocks: 0.1}", r"less than half of one of the 3 blocks .* write at least 0\.333"),
         ("resnet", "{blocks: 0.9}", None),
         ("vit", "{blocks: 0.9}", r"blocks = 0\.9 cannot be met: it drops all 3 blocks, and one must stay"),
         ("vit", "{macs: 0.9}", r"macs = 0\.9 cannot be met: without 2 of the 3 blocks that can go"),
@@ -52,12 +53,3 @@ def test_depth_is_rehearsed_without_a_search(net: str, budget: str, reason: str 
         return
     with pytest.raises((ArchitectureError, BudgetError), match=reason):
         rehearsal._refuse_methods(asked, nets.build(net), (nets.SIZE, nets.SIZE))
-
-
-def test_rounds_that_the_pruner_cannot_share_out_are_refused_by_the_rehearsal() -> None:
-    asked = params.load(None, ["healing.rounds=2"])
-    said = r"-S healing\.rounds=2: healing\.rounds: rounds = 2, but the pruner also writes weights.*fold_mean: false"
-    with pytest.raises(MethodError, match=said):
-        rehearsal._refuse_methods(asked, nets.build("vit"), (nets.SIZE, nets.SIZE))
-    only_chooses = params.load(None, ["healing.rounds=2", "pruning.variance.fold_mean=false"])
-    rehearsal._refuse_methods(only_chooses, nets.build("vit"), (nets.SIZE, nets.SIZE))
