@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.table import Row, Table
+from heal.channels import cuts
 from heal.errors import BudgetError, MethodError
 from heal.evaluation import agreement, predict, top1
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration
 from heal.healers.layerwise_variance import LayerwiseVariance
 from heal.healers.signal_resuscitation import SignalResuscitation
 from heal.healers.variance_matching import VarianceMatching
-from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, after, check, taps
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, after, check, kinds_of, taps
 from heal.pruned import apply
 from heal.pruners.magnitude import Magnitude
 from heal.statistics import capture
@@ -150,17 +151,17 @@ class Cross:
         allocation = self._allocated(name, sparsity) if repairs else None
         if allocation is None:
             return
-        pruner = self.methods.pruner(name)
+        allocator, pruner = self.methods.allocations[name], self.methods.pruner(name)
         pruned = pruner.prune(self.dense, allocation, self.statistics if pruner.needs else {})
         for repair in repairs:
             began = time.perf_counter()
-            student = self._repaired(self.methods.repairs[repair], pruned)
+            student = self._repaired(self.methods.repairs[repair], pruned, cuts(kinds_of(allocator.needs)))
             yield self._measured(student, name, sparsity, repair, time.perf_counter() - began)
 
-    def _repaired(self, repair: Repair, pruned: Mask | ChannelCut) -> nn.Module:
+    def _repaired(self, repair: Repair, pruned: Mask | ChannelCut, cut: frozenset[str]) -> nn.Module:
         student = copy.deepcopy(self.dense)
         apply(student, pruned)
-        reads = any(taps(self.dense, [healer]) for healer in repair.healers)
+        reads = any(taps(self.dense, [healer], cut) for healer in repair.healers)
         context = HealContext(pruned=pruned, seed=self.seed, statistics=self.statistics if reads else {})
         for healer in repair.healers:
             report = healer.heal(student, self.dense, self.images.views[repair.views], context)
