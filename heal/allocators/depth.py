@@ -22,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 
 from heal.allocators.dropping import Goal
 from heal.allocators.trial import at_most, divergence
-from heal.errors import MethodError, NumericalError
+from heal.errors import ArchitectureError, MethodError, NumericalError
 from heal.evaluation import predict
 from heal.families.lookup import describe
 from heal.families.skips import Dropped
@@ -66,16 +66,41 @@ class Depth:
         """0 or 1 for every block; the evidence has what was dropped in its order, and the scores.
 
         Scores are a dict of the blocks for every choice among them: one for each block that went, or of influence one
-        in all. Raises BudgetError, ImagesError, NumericalError.
+        in all. Raises BudgetError, ImagesError, NumericalError, ArchitectureError where the table names a block that
+        gives another shape than it takes.
         """
         goal = Goal.of(model, budget, context)
         images = at_most(context, self.images, "depth")
+        _refuse_reshaping(model, goal.blocks, images)
         if self.rule == "influence":
             scores = influences(model, goal.blocks, describe(model).states, images)
-            dropped, rounds = goal.first(sorted(scores, key=lambda block: scores[block])), [scores]
+            dropped, choices = goal.first(sorted(scores, key=lambda block: scores[block])), [scores]
         else:
-            dropped, rounds = _greedy(model, goal, images, context)
-        return goal.allocation(dropped, {"order": dropped, "scores": rounds})
+            dropped, choices = _greedy(model, goal, images, context)
+        return goal.allocation(dropped, {"order": dropped, "scores": choices})
+
+
+def _refuse_reshaping(model: nn.Module, blocks: Iterable[str], images: Images) -> None:
+    """Only a table of the user's can name such a block; one image tells."""
+    shapes: dict[str, torch.Size] = {}
+
+    def leaving(block: str) -> Listener:
+        def listen(output: Tensor) -> None:
+            if output.shape != shapes[block]:
+                raise ArchitectureError(
+                    f"depth: {block} takes {list(shapes[block])} and gives {list(output.shape)}, so its input cannot "
+                    "pass on in its place; take it out of `droppable` of the network's table (regrow_family)"
+                )
+
+        return listen
+
+    def entering(block: str) -> Listener:
+        return lambda x: shapes.__setitem__(block, x.shape)
+
+    taps = {f"{block}.input": entering(block) for block in blocks} | {f"{b}.output": leaving(b) for b in blocks}
+    image = next(iter(Replay(images, 1)))[:1]
+    with evaluating(model), torch.inference_mode(), listening(model, taps):
+        model(image.to(next(model.parameters())))
 
 
 def influences(model: nn.Module, blocks: Iterable[str], layout: Layout, images: Images) -> Scores:
@@ -113,7 +138,7 @@ def _greedy(model: nn.Module, goal: Goal, images: Images, context: AllocationCon
     """The blocks in the order in which they go, and what each choice was made by."""
     dense, network = predict(model, images, BATCH), copy.deepcopy(model).eval()
     dropped: list[str] = []
-    rounds: list[Scores] = []
+    choices: list[Scores] = []
     while not goal.is_met(dropped):
         if len(dropped) == goal.most:
             raise goal.unmet(dropped)
@@ -124,6 +149,6 @@ def _greedy(model: nn.Module, goal: Goal, images: Images, context: AllocationCon
             swap(network, block, dense_block)
             context.report(f"depth, block {len(dropped) + 1}", len(scores), len(candidates))
         dropped.append(min(candidates, key=lambda block: scores[block]))
-        rounds.append(scores)
+        choices.append(scores)
         drop(network, dropped[-1:])
-    return dropped, rounds
+    return dropped, choices

@@ -39,8 +39,8 @@ class Goal:
         goal = cls(budget, blocks, most, budget.kept(len(blocks) if cost is None else cost.dense), cost)
         if budget.fraction and goal.is_met(()):
             raise BudgetError(
-                f"budget {budget.unit} = {budget.fraction:g} is less than half of one of the {len(blocks)} blocks that "
-                f"can go, so nothing would; write at least {1 / len(blocks):.3g}"
+                f"budget {budget.unit} = {budget.fraction:g} is no more than half of one of the {len(blocks)} blocks "
+                f"that can go, so nothing would; write more than {0.5 / len(blocks):.3g}"
             )
         extremes = [blocks] if most == len(blocks) else [tuple(b for b in blocks if b != stays) for stays in blocks]
         best = min(extremes, key=goal.left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import heal
 from heal import bundle, bundle_format, cost, surgery
+from heal.allocators.depth import Depth
 from heal.architecture import Architecture
 from heal.errors import ArchitectureError, BundleError
 from heal.families.family import Family, MlpPair
@@ -293,6 +295,22 @@ def test_a_table_of_ones_own_names_what_can_be_dropped(tmp_path: Path) -> None:
     assert_same_model(heal.load(tmp_path, allow_adapters=[adapter.name]), again)
     with pytest.raises(ArchitectureError, match="droppable names 'head', which is none of its blocks"):
         Family("steps", (), ("steps.0",), droppable=("head",))
+
+
+@pytest.mark.parametrize("rule", ["greedy", "influence"])
+def test_a_table_that_names_a_block_of_another_shape_is_refused_by_name(rule: str) -> None:
+    model = Steps()
+    model.stem, model.steps[0] = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 8)
+    model.regrow_family = replace(model.regrow_family, layers=(), pairs=())
+    with pytest.raises(ArchitectureError, match=r"steps\.0 takes \[1, 16, 4\] and gives \[1, 16, 8\]"):
+        heal.recompress(
+            model,
+            images(4),
+            heal.Budget(blocks=0.5),
+            Depth(rule=rule),
+            "depth",
+            ["none"],  # type: ignore[arg-type]
+        )
 
 
 def test_a_dropped_block_takes_what_timm_hands_on() -> None:

@@ -47,6 +47,10 @@ def test_a_budget_in_blocks_is_met_to_one_block(net: str, share: float) -> None:
         with pytest.raises(BudgetError, match=f"blocks = {share:g} cannot be met: it drops all .* one must stay"):
             allocated(model, Budget(blocks=share))
         return
+    if share and expected == len(family.droppable):
+        with pytest.raises(BudgetError, match=rf"blocks = {share:g} is no more than half of one of the \d+ blocks"):
+            allocated(model, Budget(blocks=share))
+        return
     found = allocated(model, Budget(blocks=share))
     assert found.got == found.asked == expected and list(found.kept) == list(family.droppable)
     assert found.budget == {"unit": "blocks", "asked": expected, "got": expected, "total": len(family.droppable)}
