@@ -1,6 +1,6 @@
 """Which methods serve where none is named: by the kind of network, by what goes, and how it has to lie.
 
-Every choice rests on rows of the committed tables; "Which method when" in README.md names them.
+"Which method when" in README.md says of each choice on which measured rows it rests, or that it rests on none yet.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import heal
 from heal.allocators import ALLOCATORS
 from heal.compat import timm
 from heal.healers import HEALERS
+from heal.presets import TABLES
 from heal.pruners import PRUNERS
 from tasks import params, sweep_file
 
@@ -231,3 +232,11 @@ def test_params_that_dvc_is_given_load(words: list[str]) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
+
+
+def test_the_readme_says_what_auto_takes() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Which method when")[2].partition("\n## ")[0]
+    for what, table in TABLES.items():
+        for kind, (allocator, pruner, healers) in table.items():
+            names = ", ".join(f"`{method.name}`" for method in (allocator, pruner, *healers))
+            assert what == "weights in a pattern" or names in section, (what, kind)
