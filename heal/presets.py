@@ -80,6 +80,8 @@ DROPS: Mapping[Kind, Methods] = {
     "normalised": (Named("depth"), Named("depth"), (RECALIBRATED, ALIGNED)),
     "other": (Named("depth"), Named("depth"), (ALIGNED,)),
 }
+GENTLE = 0.25
+"""Of a transformer's channels: up to this share training adds nothing to the solved layers."""
 TABLES = {
     "blocks dropped": DROPS,
     "channels cut": CUTS,
@@ -110,6 +112,8 @@ def choose(
     what = {"neurons": "channels cut", "blocks": "blocks dropped", "weights": masked}[removes]
     kind = _kind(model, family)
     where, which, how = TABLES[what][kind]
+    if kind == "transformer" and budget.unit == "neurons" and budget.fraction <= GENTLE:
+        what, how = f"few {what}", (SOLVED,)
     if rounds > 1:
         which = ONLY_CHOOSING.get(which.name, which)
     if pruner is not None and name_of(pruner) == "none":

@@ -78,6 +78,13 @@ def test_macs_are_saved_by_cuts_where_there_is_anything_to_cut() -> None:
     assert _names(choose(nets.build("vit"), budget, healers=[Unipts()]))[1] == "obs"
 
 
+def test_a_gentle_cut_of_a_transformer_is_solved_and_not_trained() -> None:
+    few, more = heal.Budget(neurons=0.25), heal.Budget(neurons=0.26)
+    assert _names(choose(nets.build("vit"), few))[2:] == ["closed_form"]
+    assert _names(choose(nets.build("vit"), more))[2:] == ["closed_form", "starfish"]
+    assert "starfish" in _names(choose(nets.build("resnet"), few))
+
+
 def test_in_rounds_pruners_only_choose() -> None:
     assert choose(nets.build("vit"), BUDGETS["neurons"], rounds=2).pruner == Named("variance", {"fold_mean": False})
     assert choose(nets.build("vit"), BUDGETS["weights"], rounds=2).pruner == Named("magnitude")
