@@ -53,6 +53,7 @@ REPAIRS: dict[str, Repair] = {
     "starfish, kl": Repair((Starfish(kl=0.1),)),
     "starfish, affine, kl": Repair((Starfish(affine=True, kl=0.1),)),
     "starfish, affine, kl, batches of 8": Repair((Starfish(affine=True, kl=0.1, batch_size=8),)),
+    "starfish, affine, kl 0.03, batches of 8": Repair((Starfish(affine=True, kl=0.03, batch_size=8),)),
     "starfish, affine, kl 0.5, batches of 8": Repair((Starfish(affine=True, kl=0.5, batch_size=8),)),
     "starfish, affine, kl, mse": Repair((Starfish(affine=True, kl=0.1, mse=0.1),)),
     "least squares + starfish": Repair((LeastSquares(), Starfish())),
