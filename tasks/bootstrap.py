@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def is_needed(params: Params) -> bool:
     """Whether the alias that dense.source names is still to be filled."""
-    return params.dense.source.startswith("models:/") and dense_source.resolve(params) == dense_source.TRAINED
+    if not params.dense.source.startswith("models:/"):
+        return False
+    return dense_source.resolve(params.dense, params.is_digits) == dense_source.TRAINED
 
 
 def train_dense(params: Params, store: Store, progress: ProgressFactory) -> float:

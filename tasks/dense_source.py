@@ -14,19 +14,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from heal.architecture import Architecture
-    from tasks.params import Params
     from tasks.params_schema import Dense
 
 TRAINED = hashlib.sha256(b"the digits model that tasks/demo.py trains").hexdigest()
 """What a missing registry version points to when it is to be trained: the code and the seed say the rest."""
 
 
-def resolve(params: Params) -> str:
-    """The digest of what dense.source points to now. Raises InputError when it is not there."""
-    section = params.dense
+def resolve(section: Dense, is_digits: bool) -> str:
+    """The digest of what dense.source points to now. Raises InputError when it is not there.
+
+    is_digits: whether the images are, so that a digits model may be trained where the registry has none.
+    """
     kind, name = split(section.source)
     if kind == "models":
-        return _of_registered(section, is_digits=params.calibration.source == "digits")
+        return _of_registered(section, is_digits)
     if kind == "timm":
         return _sha256(f"timm:{tagged(name)}")
     if kind == "bundle":
@@ -98,10 +99,7 @@ def built(recipe: Architecture, section: Dense) -> nn.Module:
 
 
 def skeleton(section: Dense, is_digits: bool) -> nn.Module:
-    """The network that dense.source names, without its weights where that works. Raises InputError as `resolve` does.
-
-    is_digits: whether a digits model would be trained where the registry has none.
-    """
+    """The network that dense.source names, without its weights where that works; is_digits, errors: as of `resolve`."""
     from heal.architecture import Architecture
 
     kind, name = split(section.source)

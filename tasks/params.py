@@ -136,6 +136,11 @@ class Params:
         return self._section("promotion", schema.Promotion)
 
     @property
+    def is_digits(self) -> bool:
+        """Whether the images are the embedded digits, on which a missing model may be trained."""
+        return self.whole.given.calibration.source == "digits"
+
+    @property
     def title(self) -> str:
         """What a run does: "digits-vit: remove 0.5 of neurons by variance, heal by closed_form + starfish"."""
         budget, healers = self.allocation.budget.build(), " + ".join(self.healing.methods)

@@ -22,7 +22,7 @@ def resolve(params: Params) -> dict[str, str]:
     Raises InputError subclasses when something named is not there.
     """
     # The dense model last: it may import timm or MLflow.
-    return {**resolve_images(params), "dense.source": dense_source.resolve(params)}
+    return {**resolve_images(params), "dense.source": dense_source.resolve(params.dense, params.is_digits)}
 
 
 def resolve_images(params: Params) -> dict[str, str]:

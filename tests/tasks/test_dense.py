@@ -46,7 +46,8 @@ from heal.errors import InputError
 from tasks import dense_source
 from tasks.params import load
 try:
-    dense_source.resolve(load(None, sys.argv[1:]))
+    params = load(None, sys.argv[1:])
+    dense_source.resolve(params.dense, params.is_digits)
 except InputError:
     print(*sys.modules)
 """
@@ -61,7 +62,8 @@ def made(output: Path, *overrides: str) -> dict[str, Any]:
 
 
 def resolved(*overrides: str) -> str:
-    return dense_source.resolve(load(None, overrides))
+    params = load(None, overrides)
+    return dense_source.resolve(params.dense, params.is_digits)
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
