@@ -52,7 +52,7 @@ SQUARED = Named("least_squares")
 COMPENSATED = Named("qk_compensation")
 ONLY_CHOOSING = {"variance": Named("variance", {"fold_mean": False}), "obs": Named("magnitude")}
 """In rounds, where a pruner must not write weights."""
-FREED = Named("starfish", {"affine": True, "kl": 0.1})
+FREED = Named("starfish", {"affine": True, "kl": 0.03, "batch_size": 8})
 
 Methods = tuple[Named, Named, tuple[Named, ...]]
 """Allocator, pruner, healers."""
