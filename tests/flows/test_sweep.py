@@ -37,7 +37,7 @@ methods:
   lost:
     allocation.method: uniform
     healing.methods: [starfish]
-    healing.starfish: {lr: 1e6, min_lr: 0, epochs: 4, batch_size: 4}
+    healing.starfish: {lr: 1e30, min_lr: 0, epochs: 4, batch_size: 4}
 budgets: [{weights: 0.5}]
 seeds: [0, 1]
 """

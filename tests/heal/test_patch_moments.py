@@ -67,7 +67,7 @@ def test_patch_moments_are_those_of_the_two_halves(name: str) -> None:
                 assert np.allclose(stats.covariance[group], expected, rtol=0, atol=near)
             assert np.allclose(stats.mean.reshape(len(rows), -1), rows.mean(-1), atol=1e-5)
             other = again[f"{layer}.patches/{half}"]
-            assert torch.allclose(stats.comoment, other.comoment, rtol=0, atol=2e-6 * float(stats.m2.max()) + 1e-6)
+            assert torch.allclose(stats.comoment, other.comoment, rtol=0, atol=4e-6 * float(stats.m2.max()) + 1e-6)
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
