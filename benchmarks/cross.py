@@ -130,10 +130,11 @@ class Cross:
 
     def run(self, table: Table, asked: argparse.Namespace) -> None:
         """Measure what the table lacks of what was asked for (`options`)."""
-        for count in asked.counts:
-            Cross(self.net, self.dense, self.images.first(count), self.seed, self.methods).run(table, _all_of(asked))
-        if asked.counts:
-            return
+        draws = [self.images.first(count) for count in asked.counts] or [self.images]
+        for images in draws:
+            Cross(self.net, self.dense, images, self.seed, self.methods)._all(table, asked)
+
+    def _all(self, table: Table, asked: argparse.Namespace) -> None:
         self.asked = asked.allocations, asked.repairs
         for sparsity in asked.sparsities:
             for allocation in asked.allocations:
@@ -238,10 +239,6 @@ def options(
     parser.add_argument("--counts", nargs="*", type=int, default=[], help="calibration images, the first so many")
     parser.add_argument("--threads", type=int, default=1)
     return parser
-
-
-def _all_of(asked: argparse.Namespace) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(asked), "counts": []})
 
 
 def with_weights(model: nn.Module, path: Path) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Suggestions for names that were misspelled."""
+"""Names: suggestions for those that were misspelled, and the one that leaves a choice open."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 from heal.errors import MethodError
+
+AUTO = "auto"
+"""In place of a method's name: heal.presets chooses."""
 
 
 def refuse_unknown(param: str, value: str, known: Iterable[str]) -> None:

@@ -17,9 +17,6 @@ from heal.families.lookup import describe
 from heal.method import Allocator, Healer, Pruner, kinds_of, name_of, refuse_unit
 from heal.values import Budget
 
-AUTO = "auto"
-"""What stands in place of a method's name where it is to be chosen."""
-
 Kind = Literal["transformer", "normalised", "other", "blockless"]
 """Blocks that give tokens; blocks that give maps, with BatchNorm or without; no blocks to align."""
 
@@ -127,7 +124,8 @@ def _healing(healers: tuple[Named, ...], kinds: set[str], rounds: int) -> tuple[
     """Of cuts of these kinds of channels: queries and keys have no consumer that could be solved anew."""
     if kinds == {"qk"}:
         healers = tuple(healer for healer in healers if healer != SOLVED)
-    return (COMPENSATED, *healers) if "qk" in kinds and rounds == 1 else healers
+    healers = (COMPENSATED, *healers) if "qk" in kinds and rounds == 1 else healers
+    return healers or (ALIGNED,)
 
 
 def taken() -> set[str]:

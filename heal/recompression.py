@@ -25,8 +25,8 @@ from heal.method import (
     name_of,
     taps,
 )
-from heal.naming import nearest
-from heal.presets import AUTO, Named, choose
+from heal.naming import AUTO, nearest
+from heal.presets import Named, choose
 from heal.progress import Report, quiet
 from heal.pruned import describe_cuts, refuse_broken
 from heal.pruners import PRUNERS

@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from heal.naming import AUTO
 from tasks import methods, params_file
 from tasks.params_file import Json, Written
-from tasks.params_schema import AUTO
 
 if TYPE_CHECKING:
     from heal.presets import Named, Preset

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import BaseModel, Field, JsonValue, create_model
 
-from tasks.params_schema import AUTO, Section, Sections
+from heal.naming import AUTO
+from tasks.params_schema import Section, Sections
 
 if TYPE_CHECKING:
     from heal.method import Allocator, Healer, Pruner

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from heal.errors import InputError
+from heal.naming import AUTO
 from tasks import methods
 from tasks import params_schema as schema
 from tasks.params_file import Json, ParamsError, Written
@@ -182,7 +183,7 @@ def _named(section: str, written: Written) -> list[str]:
     default = getattr(getattr(schema.Sections(), section, None), key, ())
     named = values.get(key, default) if isinstance(values, dict) else default
     listed = [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
-    return sorted(methods.chosen_by_presets()) if listed == [schema.AUTO] else listed
+    return sorted(methods.chosen_by_presets()) if listed == [AUTO] else listed
 
 
 def _hint(wanted: str, known: Mapping[str, Any] | list[str]) -> str:

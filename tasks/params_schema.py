@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
+from heal.naming import AUTO
+
 if TYPE_CHECKING:
     from heal.values import Budget
 
-AUTO = "auto"
-"""In place of a method's name: heal.presets chooses."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]

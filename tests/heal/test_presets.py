@@ -99,6 +99,8 @@ def test_healers_suit_what_the_named_allocator_cuts_and_a_pruner_that_leaves_all
     assert healers("qk") == ["qk_compensation", "starfish"]
     assert healers("mlp", "qk", "v") == ["qk_compensation", "closed_form", "starfish"]
     assert healers("mlp", "qk", rounds=2) == ["closed_form", "starfish"]
+    few = choose(nets.build("vit"), heal.Budget(neurons=0.2), GlobalVariance(kinds=("qk",)), rounds=2)
+    assert _names(few)[2:] == ["starfish"]
     assert _names(choose(nets.build("vit"), BUDGETS["neurons"], pruner=NoPruning()))[2:] == ["none"]
 
 
