@@ -24,21 +24,22 @@ from tests.test_docs import ROOT, blocks, commands
 
 __all__ = ["regrow", "workplace"]  # fixtures
 
-SWEEP = """\
+DIVERGES = "{lr: 1e30, min_lr: 0, epochs: 4, batch_size: 4}"
+SWEEP = f"""\
 name: tiny
 params: params.yaml
 set:
   calibration.count: 16
   pruning.method: magnitude
-  promotion: {max_drop_dense: null, max_drop_champion: null, min_agreement: null}  # nothing is promoted
-models: {vit: {}}
+  promotion: {{max_drop_dense: null, max_drop_champion: null, min_agreement: null}}  # nothing is promoted
+models: {{vit: {{}}}}
 methods:
-  uniform: {allocation.method: uniform, healing.methods: [none]}
+  uniform: {{allocation.method: uniform, healing.methods: [none]}}
   lost:
     allocation.method: uniform
     healing.methods: [starfish]
-    healing.starfish: {lr: 1e30, min_lr: 0, epochs: 4, batch_size: 4}
-budgets: [{weights: 0.5}]
+    healing.starfish: {DIVERGES}
+budgets: [{{weights: 0.5}}]
 seeds: [0, 1]
 """
 GOOD, LOST = (
@@ -223,7 +224,7 @@ def test_a_failed_point_that_is_mended_counts_as_finished(swept: tuple[Workplace
 
 SLOW = (
     SWEEP.replace("  lost:", "  healed:")
-    .replace("{lr: 1e6, min_lr: 0, epochs: 4, batch_size: 4}", "{epochs: 100, batch_size: 4}")
+    .replace(DIVERGES, "{epochs: 100, batch_size: 4}")
     .replace("seeds: [0, 1]", "seeds: [0]")
 )
 
