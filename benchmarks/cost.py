@@ -1,5 +1,6 @@
-"""What the methods cost, as ratios within this one process: the pass over activations, its memory, a STARFISH step,
-and the speed of a cut network against its multiply-accumulates; and what a run costs that finds all stages cached.
+"""What the methods cost, as ratios within this one process: the pass over activations, its memory, steps and whole
+runs of training, the solves, and the speed of a cut network against its multiply-accumulates; and what a run costs that
+finds all stages cached.
 
     python benchmarks/cost.py
 
@@ -26,13 +27,21 @@ import torch
 from torch import nn
 
 from heal import cost
+from heal.allocators.uniform import Uniform
 from heal.compat import timm
 from heal.families.lookup import describe
+from heal.healers.blockwise import Blockwise
+from heal.healers.closed_form import ClosedForm
+from heal.healers.starfish import Starfish
 from heal.images import Replay
+from heal.method import AllocationContext, HealContext, taps
 from heal.modes import evaluating, training_only
+from heal.pruned import apply
+from heal.pruners.obs import Obs
 from heal.states import TeacherStates, block_outputs, cosine, rows
 from heal.statistics import capture
 from heal.surgery import shrink, widths
+from heal.values import Budget, ChannelCut
 
 HERE = Path(__file__).resolve().parent
 IMAGES, BATCH, ROUNDS = 64, 32, 7
@@ -66,7 +75,12 @@ def main() -> None:
         f"| the same with second moments (closed form) | {_activations(model, True)} | 1.15, missed |",
         f"| peak memory at 4x the images / at 1x | {_memory():.3f} | 1.10 |",
         f"| STARFISH step, teacher cached / student forward + backward | {_starfish(model)} | 1.10 |",
+        f"| block-wise step / the block's forward + backward | {_blockwise(model)} | 1.10 |",
+        f"| STARFISH in all, 10 epochs / the steps' forward + backward | {_in_all(model, Starfish(batch_size=8))} | |",
+        f"| block-wise in all, 32 steps an image / the same | {_in_all(model, Blockwise(steps=64, batch_size=8))} | |",
         *(f"| speed-up at 50 % of MLP neurons / MAC ratio, batch {b} | {_speed(model, b)} | 0.90 |" for b in (1, 32)),
+        "",
+        _solves(model),
         "",
         _orchestration(),
     ]
@@ -134,6 +148,65 @@ def _starfish(model: nn.Module) -> str:
         return _ratio(bare, step)
 
 
+def _blockwise(model: nn.Module) -> str:
+    """A whole step on a pair that is at hand against forward and backward with the cheapest loss."""
+    block = copy.deepcopy(model.get_submodule("blocks.0")).eval()
+    entered, wanted = torch.randn(BATCH, 197, 192), torch.randn(BATCH, 197, 192)
+    optimiser = torch.optim.Adam(block.parameters(), foreach=False)
+
+    def bare() -> None:
+        block(entered).sum().backward()
+        optimiser.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        error = block(entered).sub(wanted).square().mean() / wanted.square().mean()
+        error.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return _ratio(bare, step)
+
+
+def _in_all(model: nn.Module, healer: Starfish | Blockwise) -> str:
+    """Everything that a healer does, its report and the passes before training too, against its steps alone: as often
+    forward and backward, of the whole network or of all its blocks, as it trains on an image."""
+    images, student = torch.randn(16, 3, 224, 224), copy.deepcopy(model)
+    cut = _half(model)
+    apply(student, cut)
+    passes = healer.epochs if isinstance(healer, Starfish) else healer.steps * healer.batch_size // len(images)
+    names = frozenset(f"{layer}.weight" for layer in describe(student).layers)
+
+    def floor() -> None:
+        with evaluating(student), training_only(student, names):
+            for batch in (batch for _ in range(passes) for batch in Replay(images, healer.batch_size)):
+                student(batch).sum().backward()
+        student.zero_grad(set_to_none=True)
+
+    return _ratio(floor, lambda: healer.heal(copy.deepcopy(student), model, images, HealContext(pruned=cut)), rounds=3)
+
+
+def _half(model: nn.Module) -> ChannelCut:
+    groups = [name for name, group in describe(model).cuttable.items() if group.kind == "mlp"]
+    return ChannelCut({name: torch.arange(384) for name in groups}, dict.fromkeys(groups, 768))
+
+
+def _solves(model: nn.Module) -> str:
+    """Seconds of what is solved and not trained, on DeiT-Tiny; they do not depend on the number of images."""
+    images, half = torch.randn(IMAGES, 3, 224, 224), Budget(weights=0.5)
+    cut = _half(model)
+    student = copy.deepcopy(model)
+    apply(student, cut)
+    solved, statistics = ClosedForm(), capture(model, images, taps(model, [ClosedForm(), Obs()]), BATCH)
+    once = HealContext(pruned=cut, statistics=statistics)
+    report = solved.heal(student, model, images, once)
+    allocation = Uniform().allocate(model, half, AllocationContext())
+    masked = _seconds(lambda: Obs().prune(model, allocation, statistics))
+    return (
+        f"Solves on DeiT-Tiny, after the pass over activations: closed form of all fc2 {report.seconds:.1f} s with its "
+        f"report on {IMAGES} images; OBS of all layers {masked:.0f} s (bound 600 s)."
+    )
+
+
 def _speed(model: nn.Module, batch: int) -> str:
     cut = copy.deepcopy(model)
     dense = widths(cut)
@@ -168,11 +241,11 @@ def _orchestration() -> str:
     )
 
 
-def _ratio(base: Callable[[], object], other: Callable[[], object]) -> str:
+def _ratio(base: Callable[[], object], other: Callable[[], object], rounds: int = ROUNDS) -> str:
     """Median of the rounds' ratios, the two in turns."""
     base(), other()
     ratios = []
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         seconds = {f: _seconds(f) for f in ((base, other) if turn % 2 == 0 else (other, base))}
         ratios.append(seconds[other] / seconds[base])
     low, median, high = statistics.quantiles(ratios, n=4)

@@ -66,6 +66,7 @@ REPAIRS: dict[str, Repair] = {
     "sequential ridge + starfish, affine": Repair((SEQUENTIAL, Starfish(affine=True))),
     "sequential ridge + starfish, kl": Repair((SEQUENTIAL, Starfish(kl=0.1))),
     "ridge + starfish, batches of 8": Repair((RIDGE, Starfish(batch_size=8))),
+    "ridge + starfish, affine, kl 0.03, batches of 8": Repair((RIDGE, Starfish(affine=True, kl=0.03, batch_size=8))),
     "logits": Repair((LOGITS,)),
     "logits + starfish": Repair((LOGITS, Starfish())),
     "logits, ridge": Repair((LOGITS, RIDGE)),

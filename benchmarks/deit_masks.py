@@ -54,6 +54,12 @@ REPAIRS: dict[str, Repair] = {
     "starfish, affine, kl": Repair((Starfish(affine=True, kl=0.1),)),
     "starfish, affine, kl, batches of 8": Repair((Starfish(affine=True, kl=0.1, batch_size=8),)),
     "starfish, affine, kl 0.03, batches of 8": Repair((Starfish(affine=True, kl=0.03, batch_size=8),)),
+    "starfish, affine, kl 0.03, batches of 8, 30 epochs": Repair(
+        (Starfish(affine=True, kl=0.03, batch_size=8, epochs=30),)
+    ),
+    "starfish, affine, kl 0.03, batches of 8, 100 epochs": Repair(
+        (Starfish(affine=True, kl=0.03, batch_size=8, epochs=100),)
+    ),
     "starfish, affine, kl 0.5, batches of 8": Repair((Starfish(affine=True, kl=0.5, batch_size=8),)),
     "starfish, affine, kl, mse": Repair((Starfish(affine=True, kl=0.1, mse=0.1),)),
     "least squares + starfish": Repair((LeastSquares(), Starfish())),

@@ -1,7 +1,7 @@
 """Options of STARFISH on DeiT-Tiny, judged without the test images; what the table lacks is measured.
 
     python benchmarks/deit_options.py --data ../shared/data
-    python benchmarks/deit_options.py --starts obs --options "affine, kl" "affine, kl, batches of 8"
+    python benchmarks/deit_options.py --starts "vbp, ridge" --share 0.5 --options "as published" "batches of 8"
 
 Heals on 800 of the 1 000 calibration images and judges on the other 200, by agreement with the dense network and by
 the divergence of the answers: what is chosen so has seen neither a label nor a test image. Writes deit_options.csv and
@@ -14,6 +14,7 @@ import argparse
 import copy
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,36 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.cross import SHARED  # noqa: E402
-from benchmarks.deit_masks import ALLOCATIONS, METHODS, NET  # noqa: E402
+from benchmarks.deit_cuts import RANKINGS, RIDGE  # noqa: E402
+from benchmarks.deit_masks import ALLOCATIONS, NET, PRUNERS  # noqa: E402
 from benchmarks.imagenet import dense_of, read  # noqa: E402
 from benchmarks.table import Row, Table  # noqa: E402
 from heal.evaluation import agreement, predict  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
 from heal.images import shuffled  # noqa: E402
-from heal.method import AllocationContext, HealContext, taps  # noqa: E402
+from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, taps  # noqa: E402
 from heal.pruned import apply  # noqa: E402
 from heal.statistics import capture  # noqa: E402
 from heal.values import Budget, ChannelCut, Mask  # noqa: E402
 
 HELD_OUT = 200
+
+
+@dataclass(frozen=True)
+class Start:
+    """What STARFISH is given. solved: what repairs before it."""
+
+    allocator: Allocator
+    pruner: Pruner
+    solved: tuple[Healer, ...] = ()
+
+
+STARTS = {name: Start(ALLOCATIONS[name], pruner) for name, pruner in PRUNERS.items()}
+STARTS["vbp, ridge"] = Start(*RANKINGS["vbp"], (RIDGE,))
 OPTIONS = {
     "none": None,
     "as published": Starfish(),
+    "batches of 8": Starfish(batch_size=8),
     "affine": Starfish(affine=True),
     "kl 0.1": Starfish(kl=0.1),
     "affine, kl 0.1": Starfish(affine=True, kl=0.1),
@@ -58,7 +74,7 @@ OPTIONS = {
     "affine, kl 0.1, batches of 8, final": Starfish(affine=True, kl=0.1, batch_size=8, final=True),
     "affine, kl 0.1, batches of 8, mse 0.1": Starfish(affine=True, kl=0.1, batch_size=8, mse=0.1),
 }
-POINT = ("start", "sparsity", "options")
+POINT = ("start", "share", "options")
 COLUMNS = (*POINT, "agreement", "divergence", "alignment", "seconds")
 
 
@@ -72,38 +88,48 @@ def main() -> None:
     chosen = shuffled(len(calibration), 0, "held out of the options")
     healing, judging = calibration[chosen[HELD_OUT:]], calibration[chosen[:HELD_OUT]]
     for start in asked.starts:
-        missing = [name for name in asked.options if (start, f"{asked.sparsity:g}", name) not in table.known()]
-        pruned = _pruned(dense, start, asked.sparsity, healing) if missing else None
+        missing = [name for name in asked.options if (start, f"{asked.share:g}", name) not in table.known()]
+        made = _made(dense, STARTS[start], asked.share, healing) if missing else None
         for name in missing:
-            row = _row(dense, pruned, OPTIONS[name], healing, judging)
-            table.add([{**dict(zip(POINT, (start, f"{asked.sparsity:g}", name), strict=True)), **row}])
-            print(start, asked.sparsity, name, *row.values(), flush=True)
+            assert made is not None
+            row = _row(dense, *made, OPTIONS[name], healing, judging)
+            table.add([{**dict(zip(POINT, (start, f"{asked.share:g}", name), strict=True)), **row}])
+            print(start, asked.share, name, *row.values(), flush=True)
     (HERE / "deit_options.md").write_text("\n".join(_page(table.rows())) + "\n")
 
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, default=SHARED)
-    parser.add_argument("--starts", nargs="*", default=["obs"], choices=list(ALLOCATIONS))
-    parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--starts", nargs="*", default=["obs"], choices=list(STARTS))
+    parser.add_argument("--share", type=float, default=0.75)
     parser.add_argument("--options", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--threads", type=int, default=1)
     return parser
 
 
-def _pruned(dense: nn.Module, start: str, sparsity: float, images: Tensor) -> Mask | ChannelCut:
-    allocator, pruner = ALLOCATIONS[start], METHODS.pruner(start)
-    statistics = capture(dense, images, taps(dense, [allocator, pruner]))
+def _made(dense: nn.Module, start: Start, share: float, images: Tensor) -> tuple[nn.Module, Mask | ChannelCut]:
+    methods: list[Allocator | Pruner | Healer] = [start.allocator, start.pruner, *start.solved]
+    statistics = capture(dense, images, taps(dense, methods))
     context = AllocationContext(statistics=statistics, images=images)
-    return pruner.prune(dense, allocator.allocate(dense, Budget(weights=sparsity), context), statistics)
+    allocation = start.allocator.allocate(dense, Budget(**{start.allocator.unit: share}), context)
+    pruned = start.pruner.prune(dense, allocation, statistics)
+    student = copy.deepcopy(dense)
+    apply(student, pruned)
+    for healer in start.solved:
+        healer.heal(student, dense, images, HealContext(pruned=pruned, statistics=statistics))
+    return student, pruned
 
 
 def _row(
-    dense: nn.Module, pruned: Mask | ChannelCut | None, healer: Starfish | None, healing: Tensor, judging: Tensor
+    dense: nn.Module,
+    start: nn.Module,
+    pruned: Mask | ChannelCut,
+    healer: Starfish | None,
+    healing: Tensor,
+    judging: Tensor,
 ) -> dict[str, Any]:
-    assert pruned is not None
-    student = copy.deepcopy(dense)
-    apply(student, pruned)
+    student = copy.deepcopy(start)
     began = time.perf_counter()
     report = healer.heal(student, dense, healing, HealContext(pruned=pruned)) if healer else None
     seconds = time.perf_counter() - began
@@ -119,7 +145,7 @@ def _row(
 
 
 def _rank(row: Row) -> tuple[Any, ...]:
-    return row["start"], float(row["sparsity"]), list(OPTIONS).index(row["options"])
+    return row["start"], float(row["share"]), list(OPTIONS).index(row["options"])
 
 
 def _page(rows: list[Row]) -> list[str]:
@@ -128,7 +154,7 @@ def _page(rows: list[Row]) -> list[str]:
         "STARFISH on DeiT-Tiny with 800 calibration images, judged on the other 200: agreement with the dense network "
         "in per cent (its standard error is 3.5 points, the rows share the images), KL divergence of the answers.",
         "",
-        "| start | masked | options | agreement | divergence | alignment | seconds, one thread |",
+        "| start | gone | options | agreement | divergence | alignment | seconds, one thread |",
         "|---" * 7 + "|",
     ]
     return page + [f"| {' | '.join(row[name] for name in COLUMNS)} |" for row in rows]

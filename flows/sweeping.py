@@ -52,7 +52,7 @@ def _run(file: Path, overrides: list[str], only: str | None, folder: Path | None
     chosen = sweep.matching(only)
     folder = _refuse_folder(folder or Path("sweeps") / sweep.name)
     state.refuse_unwritable()
-    _prepare(chosen, screen)
+    _prepare(chosen, overrides, screen)
     from flows.points import Planner
 
     planner = Planner()
@@ -72,12 +72,14 @@ def _run(file: Path, overrides: list[str], only: str | None, folder: Path | None
     return 1 if tally.errors else 0
 
 
-def _prepare(points: Sequence[Point], screen: Screen) -> None:
+def _prepare(points: Sequence[Point], overrides: list[str], screen: Screen) -> None:
     """Raise what needs no model to be seen, and train the digits model where one is named that is not there."""
     from tasks import rehearsal  # torch: seconds, which a misspelled key need not wait for
 
-    for point in {(point.model, point.method): point for point in points}.values():
+    distinct = {(point.model, point.method): point for point in points}.values()
+    for point in distinct:
         rehearsal.look(point.params)
+    sweep_file.refuse_idle(list(distinct), overrides)
     for point in {keys.canonical(point.params.slice(("dense",))): point for point in points}.values():
         running.ensure_dense(point.params, screen)
 

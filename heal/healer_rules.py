@@ -18,7 +18,7 @@ SOLVE_ANEW = frozenset({"closed_form", "least_squares", "qk_compensation"})
 """Healers that fit layers to the dense outputs, whatever they were before; each writes others, so any may be first."""
 
 ONE_ROUND = {
-    "unipts": "moves the mask, and the steps are those of the pruner's",
+    "unipts": "is one course of training on the whole mask, which it may move",
     "qk_compensation": "mixes the dimensions that stay, so that none is the one that the pruner chose among",
     "bias_correction": "estimates means without the borders of images, and every round would add that error",
 }

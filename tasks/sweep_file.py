@@ -11,7 +11,7 @@ from pathlib import Path
 
 from heal.errors import InputError, MethodError
 from heal.naming import nearest
-from tasks import keys, params_file, sweep_check
+from tasks import keys, methods, params_file, sweep_check
 from tasks import params as parameters
 from tasks.params import Params, ParamsError
 from tasks.params_file import Json, Written
@@ -85,6 +85,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     if problems or broken:
         raise ParamsError(list(dict.fromkeys([*problems, *broken])))  # all points of a method share its mistakes
     return Sweep(str(written.values["name"]), tuple(points))
+
+
+def refuse_idle(points: Sequence[Point], overrides: Sequence[str]) -> None:
+    """Raise ParamsError where an override sets a param of a method that none of the points runs."""
+    problems = []
+    for key, place in params_file.override(Written(), overrides).places.items():
+        idle = [list(methods.idle(point.params.sections, {key: place})) for point in points]
+        problems += idle[0] if all(idle) else []
+    if problems:
+        raise ParamsError(list(dict.fromkeys(problems)))
 
 
 @dataclass(frozen=True)

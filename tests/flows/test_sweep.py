@@ -326,6 +326,8 @@ def test_a_mistake_in_the_file_gets_its_place_and_writes_nothing(
     [
         (("--only", "vit/unifrom/*"), ("vit/unifrom/*", "no point")),
         (("-S", "calibration.seed=3"), ("calibration.seed", "seeds")),
+        (("-S", "healing.blockwise.steps=3"), ("healing.blockwise.steps=3", "blockwise does not run")),
+        (("--only", "vit/uniform/*", "-S", "healing.starfish.lr=1"), ("starfish does not run", "none")),
         (("-o", "params.yaml"), ("params.yaml cannot be written to", "-o")),
         (("--table",), ("no point of the sweep tiny", "regrow sweep sweep.yaml")),
         (("--table", "--only", "*"), ("--only", "--table")),
