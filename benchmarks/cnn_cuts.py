@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, MobileNetV2 and ResNet-56 without 20 to 50 % of their blocks' inner channels.
 
     python benchmarks/cnn_cuts.py --data ../shared/data      # what the table lacks of the repairs that train nothing
-    python benchmarks/cnn_cuts.py --net resnet56 --sparsities 0.3 --allocations variance --repairs "ridge + starfish"
+    python benchmarks/cnn_cuts.py --net resnet56 --sparsities 0.3 --repairs "ridge, bn + starfish"
 
 Nothing is folded by the cut itself. ImageNet networks: 1 000 unlabeled calibration images, all there are, and 1 397
 test images of three sources, reported apart; ResNet-56: 1 024 CIFAR-10 training images, the first 2 000 of the test
@@ -24,6 +24,7 @@ from benchmarks.imagenet import SUBSETS, dense_of, read  # noqa: E402
 from heal.allocators import filter_norm  # noqa: E402
 from heal.allocators.global_variance import GlobalVariance  # noqa: E402
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration  # noqa: E402
+from heal.healers.blockwise import Blockwise  # noqa: E402
 from heal.healers.closed_form import ClosedForm  # noqa: E402
 from heal.healers.mean_folding import MeanFolding  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
@@ -52,11 +53,13 @@ REPAIRS: dict[str, Repair] = {
     "ridge, vm": Repair((RIDGE, MATCH)),
     "sequential ridge": Repair((ClosedForm(inputs="pruned"),)),
     "bn + starfish": Repair((BN, Starfish())),
-    "ridge + starfish": Repair((RIDGE, Starfish())),
-    "bn + starfish, 3 epochs": Repair((BN, Starfish(epochs=3))),
-    "ridge + starfish, 3 epochs": Repair((RIDGE, Starfish(epochs=3))),
+    "ridge, bn + starfish": Repair((RIDGE, BN, Starfish())),
+    "ridge, vm + starfish": Repair((RIDGE, MATCH, Starfish())),
+    "ridge, bn + blockwise, 300 steps": Repair((RIDGE, BN, Blockwise(steps=300))),
+    "ridge, bn + starfish, 3 epochs": Repair((RIDGE, BN, Starfish(epochs=3))),
+    "ridge, vm + starfish, 3 epochs": Repair((RIDGE, MATCH, Starfish(epochs=3))),
 }
-FREE = [name for name in REPAIRS if "starfish" not in name]
+FREE = [name for name in REPAIRS if "starfish" not in name and "blockwise" not in name]
 PRUNERS = {name: pruner for name, (_, pruner) in RANKINGS.items()}
 
 
