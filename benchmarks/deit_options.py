@@ -162,9 +162,9 @@ def _rank(row: Row) -> tuple[Any, ...]:
 def _page(rows: list[Row]) -> list[str]:
     """As measured, a line a row."""
     page = [
-        "DeiT-Tiny healed with 800 calibration images, by STARFISH where nothing else is named, and judged on the other "
-        "200: agreement with the dense network "
-        "in per cent (its standard error is 3.5 points, the rows share the images), KL divergence of the answers.",
+        "DeiT-Tiny healed with 800 calibration images, by STARFISH where nothing else is named, and judged on the "
+        "other 200: agreement with the dense network in per cent (its standard error is 3.5 points, the rows share "
+        "the images), KL divergence of the answers.",
         "",
         "| start | gone | options | agreement | divergence | alignment | seconds, one thread |",
         "|---" * 7 + "|",
