@@ -86,7 +86,7 @@ def heals(model: nn.Module, healer: Healer, images: Images) -> None:
 def allocates(model: nn.Module, allocator: Allocator, images: Images) -> None:
     wanted = taps(model, [allocator])
     statistics = capture(model, images, wanted) if wanted else {}
-    budget = Budget(**{allocator.unit: 0.5})
+    budget = Budget(blocks=0.75) if allocator.unit == "blocks" else Budget(**{allocator.unit: 0.5})
     allocator.allocate(model, budget, AllocationContext(statistics=statistics, images=images))
 
 

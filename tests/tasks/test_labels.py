@@ -40,7 +40,7 @@ def _road(net: str, allocator: str, healer: str) -> list[str] | None:
     for budget, pruner, text in (
         (Budget(weights=0.5), "magnitude", "{weights: 0.5}"),
         (Budget(neurons=0.5), "variance", "{neurons: 0.5}"),
-        (Budget(blocks=0.5), "depth", "{blocks: 0.5}"),
+        (Budget(blocks=0.75), "depth", "{blocks: 0.75}"),
     ):
         try:
             check(nets.build(net), budget, ALLOCATORS[allocator](**options), PRUNERS[pruner](), [HEALERS[healer]()])
