@@ -77,6 +77,7 @@ OPTIONS: dict[str, Healer | None] = {
     "affine, kl 0.1, batches of 8, final": Starfish(affine=True, kl=0.1, batch_size=8, final=True),
     "affine, kl 0.1, batches of 8, mse 0.1": Starfish(affine=True, kl=0.1, batch_size=8, mse=0.1),
     "as published, 2 epochs": Starfish(epochs=2),
+    "affine, kl 0.03, batches of 8, 2 epochs": Starfish(affine=True, kl=0.03, batch_size=8, epochs=2),
 }
 UNIPTS = Unipts(epochs=2, batch_size=32, warmup_epochs=0, augment=False, mask="fixed")
 RIVALS: dict[str, Healer] = {
