@@ -54,7 +54,7 @@ class Blockwise:
         """Train the student's blocks in place, in their order. The report's losses are block after block."""
         began = time.perf_counter()
         before = alignment(student, teacher, images, context.pruned)
-        batches, losses = numbered(images, self.batch_size), list[float]()
+        batches, losses, pairs = numbered(images, self.batch_size), list[float](), None
         layout, stay = describe(teacher).states, kept(teacher, context.pruned, "blocks")
         asked = goals(teacher, context.pruned)
         with evaluating(student), evaluating(teacher):
@@ -62,7 +62,7 @@ class Blockwise:
                 drawn = generator(context.seed, f"blockwise batches of {block}")
                 numbers = torch.randint(len(batches), (self.steps,), generator=drawn).tolist()
                 site = Site(block, student, teacher, "pruned", stay.get(block), layout, goal)
-                pairs = Drawn(site, batches, numbers, context.cache_bytes)
+                pairs = pairs.for_next(site, numbers) if pairs else Drawn(site, batches, numbers, context.cache_bytes)
                 losses += self._fit(student, block, pairs, context)
                 context.report("blockwise", done, len(asked))
         after = alignment(student, teacher, images, context.pruned)

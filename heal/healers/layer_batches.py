@@ -45,6 +45,26 @@ class Site:
             (entered,) = _seen(self.student, images, f"{self.layer}.input")
         return entered, chosen(left, self.layout, self.stay)
 
+    def follows(self, before: Site, images: Tensor) -> bool:
+        """Whether in both networks what leaves the layer before enters this one just as it is, by these images."""
+        images = images.to(next(self.student.parameters()).device)
+        return (
+            self.inputs == before.inputs == "pruned"
+            and before.stay is None
+            and _is_passed_on(self.student, before.layer, self.layer, images)
+            and _is_passed_on(self.teacher, before.goal or before.layer, self.goal or self.layer, images)
+        )
+
+    def onwards(self, before: Site, pair: Pair) -> Pair:
+        """This layer's pair, from that of the layer before for the same images: the student's input is led through
+        the layer as it is now, the teacher's output through the teacher's next."""
+        device = next(self.student.parameters()).device
+        entered, left = (x.to(device) for x in pair)
+        with torch.no_grad():
+            entered = self.student.get_submodule(before.layer)(entered)
+            left = self.teacher.get_submodule(self.goal or self.layer)(left)
+        return entered, chosen(left, self.layout, self.stay)
+
 
 @dataclass(frozen=True)
 class Repeated:
@@ -67,12 +87,16 @@ class Repeated:
 @dataclass(frozen=True)
 class Drawn:
     """A batch for every step, by its number. The networks run once a batch as long as pairs fit in `cache_bytes`
-    of memory, and once a step for the batches that do not; the values are the same."""
+    of memory, and once a step for the batches that do not; the values are the same.
+
+    before: the site that this one follows on, and its pairs by number, which are led on and let go.
+    """
 
     site: Site
     batches: Sequence[Tensor]
     numbers: Sequence[int]
     cache_bytes: int
+    before: tuple[Site, dict[int, Pair]] | None = None
     kept: dict[int, Pair] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -88,11 +112,29 @@ class Drawn:
             entered, left = self.kept[number]
             device = next(self.site.student.parameters()).device
             return entered.to(device), left.to(device)
-        pair = self.site.pair(self.batches[number])
-        held = sum(entered.nbytes + left.nbytes for entered, left in self.kept.values())
-        if held + pair[0].nbytes + pair[1].nbytes <= self.cache_bytes:
+        pair = self._made(number)
+        if self._held() + pair[0].nbytes + pair[1].nbytes <= self.cache_bytes:
             self.kept[number] = (pair[0].cpu(), pair[1].cpu())
         return pair
+
+    def _made(self, number: int) -> Pair:
+        before, pairs = self.before or (self.site, {})
+        if number in pairs:
+            return self.site.onwards(before, pairs.pop(number))
+        return self.site.pair(self.batches[number])
+
+    def _held(self) -> int:
+        pairs = [*self.kept.values(), *(self.before[1].values() if self.before else ())]
+        return sum(entered.nbytes + left.nbytes for entered, left in pairs)
+
+    def for_next(self, site: Site, numbers: Sequence[int]) -> Drawn:
+        """The same batches for another site, after this one has been tuned."""
+        batches = self.batches
+        if not self.kept or not site.follows(self.site, batches[0][:1]):
+            return Drawn(site, batches, numbers, self.cache_bytes)
+        wanted = set(numbers)
+        pairs = {number: pair for number, pair in self.kept.items() if number in wanted}
+        return Drawn(site, batches, numbers, self.cache_bytes, (self.site, pairs))
 
 
 @dataclass(frozen=True)
@@ -174,6 +216,19 @@ def _seen(model: nn.Module, images: Tensor, *taps: str) -> list[Tensor]:
     with torch.no_grad(), listening(model, listeners), suppress(_AllSeen):
         model(images)
     return seen
+
+
+def _is_passed_on(model: nn.Module, giver: str, taker: str, images: Tensor) -> bool:
+    """Whether a layer's output is, when it enters another, what it was when it left."""
+    left: list[Tensor] = []
+    entered: list[Tensor] = []
+    taps = {
+        f"{giver}.output": lambda x: left.append(x.clone()),  # something between them may write in place
+        f"{taker}.input": lambda x: entered.append(x.clone()),
+    }
+    with torch.no_grad(), listening(model, taps):
+        model(images)
+    return torch.equal(left[0], entered[0])
 
 
 class _AllSeen(Exception):

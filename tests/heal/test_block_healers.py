@@ -16,6 +16,7 @@ from heal.errors import ArchitectureError, MethodError
 from heal.families.lookup import describe
 from heal.healers.blockwise import Blockwise
 from heal.healers.distill import Distill
+from heal.healers.layer_batches import Site
 from heal.healers.starfish import Starfish
 from heal.images import generator, shuffled
 from heal.method import HealContext, check
@@ -71,6 +72,41 @@ def test_blockwise_is_a_loop_over_blocks(net: str) -> None:
     Blockwise(steps=steps, batch_size=2, lr=1e-3).heal(student, dense, images, HealContext(pruned=mask, seed=3))
     for (name, value), other in zip(expected.state_dict().items(), student.state_dict().values(), strict=True):
         assert torch.allclose(value, other, atol=2e-5), name
+
+
+class Shifted(nn.Sequential):
+    """Blocks between which something is added in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module(x)
+            x.add_(0.5)
+        return x
+
+
+@pytest.mark.parametrize("net", ["vit", "swin", "convnext", "resnet", "a sum between the blocks"])
+def test_leading_pairs_from_block_to_block_changes_no_bit(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for follows in (Site.follows, lambda *_: False):
+        monkeypatch.setattr(Site, "follows", follows)
+        dense, student, mask = masked("vit" if net not in nets.NETS else net)
+        for model in (dense, student):
+            if net not in nets.NETS:
+                model.blocks = Shifted(*model.blocks)
+        images = nets.images(6)
+        Blockwise(steps=4, batch_size=2, lr=1e-3).heal(student, dense, images, HealContext(pruned=mask))
+        found.append(student.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_the_networks_run_once_for_all_blocks_together() -> None:
+    dense, student, mask = masked("vit")
+    runs: list[int] = []
+    hook = dense.get_submodule("blocks.0").register_forward_pre_hook(lambda _, x: runs.append(len(x[0])))
+    Blockwise(steps=20, batch_size=4).heal(student, dense, nets.images(12), HealContext(pruned=mask))
+    hook.remove()
+    reports, looks = 2 * 12, len(describe(dense).blocks) - 1
+    assert sum(runs) == reports + 12 + looks
 
 
 def test_distillation_follows_the_teachers_answers() -> None:
