@@ -286,7 +286,7 @@ def test_what_cannot_go_in_steps_is_refused_before_anything_is_computed() -> Non
         (r"in place of obs take magnitude", {"budget": weights, "allocator": "uniform", "pruner": "obs"}),
         (r"an N:M pattern holds only", {"budget": weights, "allocator": "n_of_m", "pruner": "magnitude"}),
         (
-            r"unipts moves the mask",
+            r"unipts is one course of training on the whole mask",
             {"budget": weights, "allocator": "uniform", "pruner": "magnitude", "healers": ["unipts"]},
         ),
         (
