@@ -192,15 +192,13 @@ def _half(model: nn.Module) -> ChannelCut:
 
 def _solves(model: nn.Module) -> str:
     """Seconds of what is solved and not trained, on DeiT-Tiny; they do not depend on the number of images."""
-    images, half = torch.randn(IMAGES, 3, 224, 224), Budget(weights=0.5)
-    cut = _half(model)
-    student = copy.deepcopy(model)
+    images, cut, student = torch.randn(IMAGES, 3, 224, 224), _half(model), copy.deepcopy(model)
     apply(student, cut)
-    solved, statistics = ClosedForm(), capture(model, images, taps(model, [ClosedForm(), Obs()]), BATCH)
-    once = HealContext(pruned=cut, statistics=statistics)
-    report = solved.heal(student, model, images, once)
-    allocation = Uniform().allocate(model, half, AllocationContext())
-    masked = _seconds(lambda: Obs().prune(model, allocation, statistics))
+    ridge, obs = ClosedForm(), Obs()
+    statistics = capture(model, images, taps(model, [ridge, obs]), BATCH)
+    report = ridge.heal(student, model, images, HealContext(pruned=cut, statistics=statistics))
+    allocation = Uniform().allocate(model, Budget(weights=0.5), AllocationContext())
+    masked = _seconds(lambda: obs.prune(model, allocation, statistics))
     return (
         f"Solves on DeiT-Tiny, after the pass over activations: closed form of all fc2 {report.seconds:.1f} s with its "
         f"report on {IMAGES} images; OBS of all layers {masked:.0f} s (bound 600 s)."

@@ -55,6 +55,7 @@ class Start:
 
 STARTS = {name: Start(ALLOCATIONS[name], pruner) for name, pruner in PRUNERS.items()}
 STARTS["vbp, ridge"] = Start(*RANKINGS["vbp"], (RIDGE,))
+UNIPTS = Unipts(epochs=2, batch_size=32, warmup_epochs=0, augment=False, mask="fixed")
 OPTIONS: dict[str, Healer | None] = {
     "none": None,
     "as published": Starfish(),
@@ -78,14 +79,10 @@ OPTIONS: dict[str, Healer | None] = {
     "affine, kl 0.1, batches of 8, mse 0.1": Starfish(affine=True, kl=0.1, batch_size=8, mse=0.1),
     "as published, 2 epochs": Starfish(epochs=2),
     "affine, kl 0.03, batches of 8, 2 epochs": Starfish(affine=True, kl=0.03, batch_size=8, epochs=2),
-}
-UNIPTS = Unipts(epochs=2, batch_size=32, warmup_epochs=0, augment=False, mask="fixed")
-RIVALS: dict[str, Healer] = {
     **{f"unipts loss, 2 epochs, lr {lr:g}": replace(UNIPTS, lr=lr) for lr in (1e-2, 1e-3, 1e-4)},
     **{f"distill, 2 epochs, lr {lr:g}": Distill(epochs=2, lr=lr) for lr in (1.5e-5, 1e-4, 6e-4)},
     **{f"blockwise, 60 steps, lr {lr:g}": Blockwise(steps=60, lr=lr) for lr in (1e-4, 1e-3)},
 }
-OPTIONS |= RIVALS
 POINT = ("start", "share", "options")
 COLUMNS = (*POINT, "agreement", "divergence", "alignment", "seconds")
 
@@ -100,7 +97,8 @@ def main() -> None:
     chosen = shuffled(len(calibration), 0, "held out of the options")
     healing, judging = calibration[chosen[HELD_OUT:]], calibration[chosen[:HELD_OUT]]
     for start in asked.starts:
-        missing = [name for name in asked.options if (start, f"{asked.share:g}", name) not in table.known()]
+        able = [name for name in asked.options if _serves(OPTIONS[name], STARTS[start])]
+        missing = [name for name in able if (start, f"{asked.share:g}", name) not in table.known()]
         made = _made(dense, STARTS[start], asked.share, healing) if missing else None
         for name in missing:
             assert made is not None
@@ -118,6 +116,10 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--options", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--threads", type=int, default=1)
     return parser
+
+
+def _serves(healer: Healer | None, start: Start) -> bool:
+    return healer is None or healer.unit in ("any", start.allocator.unit)
 
 
 def _made(dense: nn.Module, start: Start, share: float, images: Tensor) -> tuple[nn.Module, Mask | ChannelCut]:

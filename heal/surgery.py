@@ -46,8 +46,7 @@ def cut(model: nn.Module, chosen: ChannelCut, family: Family | None = None) -> N
                 _slice(model.get_submodule(module), side, indices[side])
         if group.attention:
             _settle(model, group, keep)
-    for block in chosen.dropped:
-        swap(model, block, Dropped())
+    drop(model, chosen.dropped, family)
 
 
 def drop(model: nn.Module, blocks: Collection[str], family: Family | None = None) -> None:
