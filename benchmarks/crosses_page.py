@@ -20,7 +20,7 @@ from benchmarks.pages import Cells, by_subset, lines_of  # noqa: E402
 from benchmarks.table import Row  # noqa: E402
 
 PAGES = {
-    "deit_cuts": (deit_cuts, "of the hidden neurons cut"),
+    "deit_cuts": (deit_cuts, "cut"),
     "deit_masks": (deit_masks, "masked"),
     "cnn_cuts": (cnn_cuts, "of the inner channels cut"),
 }

@@ -4,7 +4,8 @@
     python benchmarks/deit_cuts.py --sparsities 0.5 --allocations vbp --repairs "ridge + starfish"
     python benchmarks/deit_cuts.py --sparsities 0.3 0.5 --allocations qk --repairs none logits  # "logits": compensated
 
-Channels are hidden neurons, of "qk", "v" and "heads" those of attention, of "mlp, qk, v" each kind's same share.
+Channels are hidden neurons, of "qk", "v" and "heads" those of attention, of "mlp, qk, v" each kind's same share; of
+"depth" it is whole blocks that go.
 Nothing is folded by the cut itself: "none" drops the neurons, "mean" puts their mean into the next bias. 1 000
 unlabeled calibration images, all there are, so a seed changes the order of training alone; 1 397 test images of three
 sources, reported apart. Writes deit_cuts.csv; crosses_page.py makes the tables of it.
@@ -20,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.cross import Methods, Repair  # noqa: E402
 from benchmarks.imagenet import measure  # noqa: E402
-from heal.allocators import filter_norm, snip  # noqa: E402
+from heal.allocators import depth, filter_norm, snip  # noqa: E402
 from heal.allocators.global_variance import GlobalVariance  # noqa: E402
 from heal.healers.blockwise import Blockwise  # noqa: E402
 from heal.healers.closed_form import ClosedForm  # noqa: E402
@@ -29,6 +30,7 @@ from heal.healers.mean_folding import MeanFolding  # noqa: E402
 from heal.healers.qk_compensation import QkCompensation  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
 from heal.method import Allocator, Pruner  # noqa: E402
+from heal.pruners import depth as depth_cut  # noqa: E402
 from heal.pruners import filter_norm as filter_norm_cut  # noqa: E402
 from heal.pruners import snip as snip_cut  # noqa: E402
 from heal.pruners.variance import Variance  # noqa: E402
@@ -44,6 +46,7 @@ RANKINGS: dict[str, tuple[Allocator, Pruner]] = {
     "v": (GlobalVariance(kinds=("v",)), Variance(fold_mean=False)),
     "heads": (GlobalVariance(kinds=("heads",)), Variance(fold_mean=False)),
     "mlp, qk, v": (GlobalVariance(kinds=("mlp", "qk", "v")), Variance(fold_mean=False)),
+    "depth": (depth.Depth(), depth_cut.Depth()),
 }
 ALLOCATIONS = {name: allocator for name, (allocator, _) in RANKINGS.items()}
 RIDGE, SEQUENTIAL, LOGITS = ClosedForm(), ClosedForm(inputs="pruned"), QkCompensation()
@@ -63,6 +66,7 @@ REPAIRS: dict[str, Repair] = {
     "ridge + distill": Repair((RIDGE, Distill())),
     "ridge + distill, lr 1e-4": Repair((RIDGE, Distill(lr=1e-4))),
     "ridge + blockwise, 300 steps": Repair((RIDGE, Blockwise(steps=300))),
+    "ridge + blockwise, 300 steps, lr 1e-3": Repair((RIDGE, Blockwise(steps=300, lr=1e-3))),
     "sequential ridge + starfish, affine": Repair((SEQUENTIAL, Starfish(affine=True))),
     "sequential ridge + starfish, kl": Repair((SEQUENTIAL, Starfish(kl=0.1))),
     "ridge + starfish, batches of 8": Repair((RIDGE, Starfish(batch_size=8))),
