@@ -175,20 +175,23 @@ def _in_all(model: nn.Module, healer: Starfish | Blockwise) -> str:
     images, student = torch.randn(16, 3, 224, 224), copy.deepcopy(model)
     cut = _half(model)
     apply(student, cut)
-    trains = healer.epochs if isinstance(healer, Starfish) else healer.steps * healer.batch_size // len(images)
-    teacher_passes, student_passes = 3, 2 if isinstance(healer, Starfish) else 3
+    if isinstance(healer, Starfish):
+        epochs, student_alone = healer.epochs, 2
+    else:
+        epochs, student_alone = healer.steps * healer.batch_size // len(images), 3
+    forward_alone = [model] * 3 + [student] * student_alone
     names = frozenset(f"{layer}.weight" for layer in describe(student).layers)
 
     def floor() -> None:
         with torch.inference_mode():
-            for network in (*[model] * teacher_passes, *[student] * student_passes):
+            for network in forward_alone:
                 network(images)
         with evaluating(student), training_only(student, names):
-            for batch in (batch for _ in range(trains) for batch in Replay(images, healer.batch_size)):
+            for batch in (batch for _ in range(epochs) for batch in Replay(images, healer.batch_size)):
                 student(batch).sum().backward()
         student.zero_grad(set_to_none=True)
 
-    return _ratio(floor, lambda: healer.heal(copy.deepcopy(student), model, images, HealContext(pruned=cut)), rounds=5)
+    return _ratio(floor, lambda: healer.heal(copy.deepcopy(student), model, images, HealContext(pruned=cut)), rounds=3)
 
 
 def _half(model: nn.Module) -> ChannelCut:

@@ -57,7 +57,7 @@ def _mask(percent: int, seed: int = 0, epochs: int = 10) -> Point:
 
 
 POINTS = (
-    Point("auto-cut-50", "deit_tiny_auto", ("allocation.budget={neurons: 0.5}",)),
+    Point("auto-cut-50", "deit_tiny_auto", ()),
     Point("auto-masked-75", "deit_tiny_auto", ("allocation.budget={weights: 0.75}",)),
     _cut(50),
     _mask(75),
