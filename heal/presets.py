@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -39,16 +39,14 @@ class Preset:
     healers: tuple[Named, ...]
 
 
-GLOBAL = Named("global_variance")
-VARIANCE = Named("variance")
+GLOBAL = Named("global_variance", {"statistic": "weighted"})
+VARIANCE = Named("variance", {"statistic": "weighted"})
 SOLVED = Named("closed_form")
 RECALIBRATED = Named("batchnorm_recalibration")
 MATCHED = Named("variance_matching")
 ALIGNED = Named("starfish")
 SQUARED = Named("least_squares")
 COMPENSATED = Named("qk_compensation")
-ONLY_CHOOSING = {"variance": Named("variance", {"fold_mean": False}), "obs": Named("magnitude")}
-"""In rounds, where a pruner must not write weights."""
 FREED = Named("starfish", {"affine": True, "kl": 0.03, "batch_size": 8})
 
 Methods = tuple[Named, Named, tuple[Named, ...]]
@@ -111,13 +109,18 @@ def choose(
     where, which, how = TABLES[what][kind]
     if kind == "transformer" and budget.unit == "neurons" and budget.fraction <= GENTLE:
         what, how = f"few {what}", (SOLVED,)
-    if rounds > 1:
-        which = ONLY_CHOOSING.get(which.name, which)
-    if pruner is not None and name_of(pruner) == "none":
-        how = (Named("none"),)
-    elif allocator is not None and removes == "neurons":
-        how = _healing(how, set(kinds_of(allocator.needs)), rounds)
+    kinds = set(kinds_of(allocator.needs)) if allocator is not None and removes == "neurons" else set()
+    which = _pruning(which, kinds, rounds)
+    how = (Named("none"),) if pruner is not None and name_of(pruner) == "none" else _healing(how, kinds, rounds)
     return Preset(f"{what}, {family.name} ({kind})", where, which, how)
+
+
+def _pruning(pruner: Named, kinds: set[str], rounds: int) -> Named:
+    """Of these kinds of channels: behind queries and keys no weight follows; in rounds a pruner must write none."""
+    if pruner == VARIANCE:
+        ranked = {} if "qk" in kinds else pruner.params
+        return replace(pruner, params={**ranked, "fold_mean": False} if rounds > 1 else ranked)
+    return Named("magnitude") if rounds > 1 and pruner.name == "obs" else pruner
 
 
 def _healing(healers: tuple[Named, ...], kinds: set[str], rounds: int) -> tuple[Named, ...]:

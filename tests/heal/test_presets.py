@@ -13,7 +13,7 @@ from heal.allocators.n_of_m import NOfM
 from heal.errors import ArchitectureError, MethodError
 from heal.healers import HEALERS
 from heal.healers.unipts import Unipts
-from heal.method import check, name_of
+from heal.method import Allocator, Healer, Pruner, check, name_of
 from heal.presets import Named, Preset, choose, taken
 from heal.pruners import PRUNERS
 from heal.pruners.magnitude import Magnitude
@@ -46,9 +46,7 @@ class Plain(nn.Module):
 def test_every_preset_makes_sense_on_every_network(name: str, removes: str, pattern: bool) -> None:
     model = Plain() if name == "plain" else nets.build(name)
     found = choose(model, BUDGETS[removes], NOfM() if pattern else None)
-    allocator = ALLOCATORS[found.allocator.name](**found.allocator.params)
-    pruner = PRUNERS[found.pruner.name](**found.pruner.params)
-    healers = [HEALERS[healer.name](**healer.params) for healer in found.healers]
+    allocator, pruner, healers = _built(found)
     check(model, BUDGETS[removes], allocator, pruner, healers)
     assert {name_of(method) for method in (allocator, pruner, *healers)} <= taken()
 
@@ -86,9 +84,21 @@ def test_a_gentle_cut_of_a_transformer_is_solved_and_not_trained() -> None:
 
 
 def test_in_rounds_pruners_only_choose() -> None:
-    assert choose(nets.build("vit"), BUDGETS["neurons"], rounds=2).pruner == Named("variance", {"fold_mean": False})
+    weighted = {"statistic": "weighted"}
+    assert choose(nets.build("vit"), BUDGETS["neurons"]).pruner == Named("variance", weighted)
+    several = choose(nets.build("vit"), BUDGETS["neurons"], rounds=2).pruner
+    assert several == Named("variance", weighted | {"fold_mean": False})
     assert choose(nets.build("vit"), BUDGETS["weights"], rounds=2).pruner == Named("magnitude")
     assert choose(nets.build("vit"), BUDGETS["weights"]).pruner == Named("obs")
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("kinds", [("qk",), ("v",), ("mlp", "qk", "v"), ("heads",)], ids=",".join)
+def test_methods_suit_the_channels_that_a_named_allocator_cuts(kinds: tuple[str, ...], rounds: int) -> None:
+    model, allocator = nets.build("vit"), GlobalVariance(kinds=kinds)
+    found = choose(model, BUDGETS["neurons"], allocator, rounds=rounds)
+    _, pruner, healers = _built(found)
+    check(model, BUDGETS["neurons"], allocator, pruner, healers, rounds)
 
 
 def test_healers_suit_what_the_named_allocator_cuts_and_a_pruner_that_leaves_all() -> None:
@@ -110,8 +120,7 @@ def test_naming_nothing_is_naming_what_the_preset_names(budget: heal.Budget) -> 
     said: list[str] = []
     chosen = heal.recompress(model, images, budget, log=said.append)
     found = choose(model, budget)
-    healers = [HEALERS[healer.name](**healer.params) for healer in found.healers]
-    named = heal.recompress(model, images, budget, found.allocator.name, found.pruner.name, healers)
+    named = heal.recompress(model, images, budget, *_built(found))
     assert f"auto: {found.why}" in said
     assert all(torch.equal(value, named.model.state_dict()[key]) for key, value in chosen.model.state_dict().items())
 
@@ -133,6 +142,12 @@ def test_auto_stands_alone_among_healers() -> None:
 def test_what_a_network_does_not_have_is_refused_as_ever(removes: str) -> None:
     with pytest.raises(ArchitectureError, match="Plain"):
         heal.recompress(Plain(), nets.images(2), BUDGETS[removes])
+
+
+def _built(found: Preset) -> tuple[Allocator, Pruner, list[Healer]]:
+    healers = [HEALERS[healer.name](**healer.params) for healer in found.healers]
+    allocator = ALLOCATORS[found.allocator.name](**found.allocator.params)
+    return allocator, PRUNERS[found.pruner.name](**found.pruner.params), healers
 
 
 def _names(found: Preset) -> list[str]:

@@ -15,7 +15,11 @@ from tasks.table import STAGES
 
 pytest_plugins = ("tests.tasks.registries",)
 
-NAMED = ["allocation.method=global_variance", "pruning.method=variance", "healing.methods=[closed_form, starfish]"]
+NAMED = [
+    "allocation={method: global_variance, global_variance: {statistic: weighted}}",
+    "pruning={method: variance, variance: {statistic: weighted}}",
+    "healing.methods=[closed_form, starfish]",
+]
 RESNET = ["closed_form", "batchnorm_recalibration", "starfish"]
 
 
