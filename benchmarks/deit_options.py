@@ -54,7 +54,7 @@ class Start:
 
 
 STARTS = {name: Start(ALLOCATIONS[name], pruner) for name, pruner in PRUNERS.items()}
-STARTS["vbp, ridge"] = Start(*RANKINGS["vbp"], (RIDGE,))
+STARTS |= {f"{name}, ridge": Start(*RANKINGS[name], (RIDGE,)) for name in ("vbp", "vbp weighted")}
 UNIPTS = Unipts(epochs=2, batch_size=32, warmup_epochs=0, augment=False, mask="fixed")
 OPTIONS: dict[str, Healer | None] = {
     "none": None,
