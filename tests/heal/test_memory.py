@@ -56,18 +56,19 @@ def test_holding_all_images_would_be_seen() -> None:
         torch.cat(list(Replay(images, 64)))
 
     assert growth(holds) > 0.9 * HELD
+    assert not holds_few(holds)
 
 
 @pytest.mark.parametrize("name", sorted(set(HEALERS) - {"none", "qk_compensation"}))
 def test_a_healer_holds_no_more_of_many_images_than_of_few(name: str) -> None:
     model = bare() if name == "repair" else nets.build("resnet")
-    assert growth(lambda images: heals(model, quick(HEALERS[name]()), images)) < HELD / 2
+    assert holds_few(lambda images: heals(model, quick(HEALERS[name]()), images))
 
 
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"projection_forced"}))
 def test_an_allocator_holds_no_more_of_many_images_than_of_few(name: str) -> None:
     model = nets.build("resnet")
-    assert growth(lambda images: allocates(model, quick(ALLOCATORS[name]()), images)) < HELD / 2
+    assert holds_few(lambda images: allocates(model, quick(ALLOCATORS[name]()), images))
 
 
 def heals(model: nn.Module, healer: Healer, images: Images) -> None:
@@ -88,6 +89,11 @@ def allocates(model: nn.Module, allocator: Allocator, images: Images) -> None:
     statistics = capture(model, images, wanted) if wanted else {}
     budget = Budget(blocks=0.75) if allocator.unit == "blocks" else Budget(**{allocator.unit: 0.5})
     allocator.allocate(model, budget, AllocationContext(statistics=statistics, images=images))
+
+
+def holds_few(use: Callable[[Images], None]) -> bool:
+    """Whether one of three tries stays small: images that are held are held in each, the rest of a process is noise."""
+    return any(growth(use) < HELD / 2 for _ in range(3))
 
 
 def growth(use: Callable[[Images], None]) -> int:
