@@ -65,10 +65,7 @@ MASKS: Mapping[Kind, Methods] = {
     "blockless": (Named("lamp"), Named("magnitude"), (SQUARED,)),
 }
 PATTERNS: Mapping[Kind, Methods] = {
-    "transformer": (Named("n_of_m"), Named("obs"), (FREED,)),
-    "normalised": (Named("n_of_m"), Named("magnitude"), (MATCHED, ALIGNED)),
-    "other": (Named("n_of_m"), Named("magnitude"), (ALIGNED,)),
-    "blockless": (Named("n_of_m"), Named("magnitude"), (SQUARED,)),
+    kind: (Named("n_of_m"), pruner, healers) for kind, (_, pruner, healers) in MASKS.items()
 }
 DROPS: Mapping[Kind, Methods] = {
     "transformer": (Named("depth"), Named("depth"), (ALIGNED,)),
