@@ -45,7 +45,8 @@ from heal.values import Budget, ChannelCut
 
 HERE = Path(__file__).resolve().parent
 IMAGES, BATCH, ROUNDS = 64, 32, 7
-STARFISH, BLOCKWISE = Starfish(batch_size=8, precision="float32"), Blockwise(steps=64, batch_size=8)
+STARFISH, IN_EIGHTS = (Starfish(batch_size=size, precision="float32") for size in (BATCH, 8))
+BLOCKWISE = Blockwise(steps=10, batch_size=BATCH)
 
 
 class Noise:
@@ -78,7 +79,8 @@ def main() -> None:
         f"| STARFISH step, teacher cached / student forward + backward | {_starfish(model)} | 1.10 |",
         f"| block-wise step / the block's forward + backward | {_blockwise(model)} | 1.10 |",
         f"| STARFISH in all, 10 epochs / its passes and no more | {_in_all(model, STARFISH)} | 1.10 |",
-        f"| block-wise in all, 32 steps an image / the same | {_in_all(model, BLOCKWISE)} | 1.10 |",
+        f"| the same in batches of 8 | {_in_all(model, IN_EIGHTS)} | 1.10, missed |",
+        f"| block-wise in all, 10 steps an image / its passes and no more | {_in_all(model, BLOCKWISE)} | 1.10 |",
         *(f"| speed-up at 50 % of MLP neurons / MAC ratio, batch {b} | {_speed(model, b)} | 0.90 |" for b in (1, 32)),
         "",
         _solves(model),
@@ -172,7 +174,7 @@ def _in_all(model: nn.Module, healer: Starfish | Blockwise) -> str:
     """Everything that a healer does against the passes that it cannot do without: forward and backward, of the whole
     network or of all its blocks, as often as it trains on an image; forward alone of both networks for the report
     before and after, and of the teacher, block-wise of the student too, for what it trains on."""
-    images, student = torch.randn(16, 3, 224, 224), copy.deepcopy(model)
+    images, student = torch.randn(BATCH, 3, 224, 224), copy.deepcopy(model)
     cut = _half(model)
     apply(student, cut)
     if isinstance(healer, Starfish):
