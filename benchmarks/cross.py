@@ -41,6 +41,7 @@ COLUMNS = (
     "test_images",
     "calibration_images",
     "seconds",
+    "device",
 )
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 POINT = ("net", "sparsity", "allocation", "repair", "seed", "test_images", "calibration_images")
@@ -208,6 +209,7 @@ class Cross:
             "test_images": len(self.images.test),
             "calibration_images": len(self.images.views["plain"]),
             "seconds": round(seconds, 2),
+            "device": device_name(self.dense),
             **{
                 name: round(100 * top1(found["test"][chosen], self.images.labels[chosen]), 2)
                 for name, chosen in self.images.subsets.items()
@@ -221,6 +223,12 @@ class Cross:
             for name, images in asked.items()
             if images is not None
         }
+
+
+def device_name(model: nn.Module) -> str:
+    """What the model lies on: cpu, or the name of the GPU."""
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def options(
@@ -238,6 +246,7 @@ def options(
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--counts", nargs="*", type=int, default=[], help="calibration images, the first so many")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
 
 

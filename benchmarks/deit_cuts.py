@@ -29,7 +29,7 @@ from heal.healers.distill import Distill  # noqa: E402
 from heal.healers.mean_folding import MeanFolding  # noqa: E402
 from heal.healers.qk_compensation import QkCompensation  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
-from heal.method import Allocator, Pruner  # noqa: E402
+from heal.method import Allocator, Healer, Pruner  # noqa: E402
 from heal.pruners import depth as depth_cut  # noqa: E402
 from heal.pruners import filter_norm as filter_norm_cut  # noqa: E402
 from heal.pruners import snip as snip_cut  # noqa: E402
@@ -50,23 +50,30 @@ RANKINGS: dict[str, tuple[Allocator, Pruner]] = {
 }
 ALLOCATIONS = {name: allocator for name, (allocator, _) in RANKINGS.items()}
 RIDGE, SEQUENTIAL, LOGITS = ClosedForm(), ClosedForm(inputs="pruned"), QkCompensation()
+SOLVED: dict[str, tuple[Healer, ...]] = {
+    "none": (),
+    "mean": (MeanFolding(),),
+    "ridge": (RIDGE,),
+    "ridge, denoised": (ClosedForm(moment="denoised", damping=1e-2),),
+    "sequential ridge": (SEQUENTIAL,),
+}
+TRAINED: dict[str, Healer] = {
+    "starfish": Starfish(),
+    "distill, lr 1e-4": Distill(lr=1e-4),
+    "blockwise, 300 steps, lr 1e-3": Blockwise(steps=300, lr=1e-3),
+}
 REPAIRS: dict[str, Repair] = {
-    "none": Repair(),
-    "mean": Repair((MeanFolding(),)),
-    "ridge": Repair((RIDGE,)),
+    **{name: Repair(healers) for name, healers in SOLVED.items()},
     "ridge, damping 0.01": Repair((ClosedForm(damping=1e-2),)),
     "ridge, oas": Repair((ClosedForm(damping="oas"),)),
     "ridge, held out": Repair((ClosedForm(damping="held_out"),)),
-    "ridge, denoised": Repair((ClosedForm(moment="denoised", damping=1e-2),)),
-    "sequential ridge": Repair((SEQUENTIAL,)),
-    "starfish": Repair((Starfish(),)),
-    "mean + starfish": Repair((MeanFolding(), Starfish())),
-    "ridge + starfish": Repair((RIDGE, Starfish())),
-    "sequential ridge + starfish": Repair((SEQUENTIAL, Starfish())),
+    **{
+        name if start == "none" else f"{start} + {name}": Repair((*healers, healer))
+        for name, healer in TRAINED.items()
+        for start, healers in SOLVED.items()
+    },
     "ridge + distill": Repair((RIDGE, Distill())),
-    "ridge + distill, lr 1e-4": Repair((RIDGE, Distill(lr=1e-4))),
     "ridge + blockwise, 300 steps": Repair((RIDGE, Blockwise(steps=300))),
-    "ridge + blockwise, 300 steps, lr 1e-3": Repair((RIDGE, Blockwise(steps=300, lr=1e-3))),
     "sequential ridge + starfish, affine": Repair((SEQUENTIAL, Starfish(affine=True))),
     "sequential ridge + starfish, kl": Repair((SEQUENTIAL, Starfish(kl=0.1))),
     "ridge + starfish, batches of 8": Repair((RIDGE, Starfish(batch_size=8))),

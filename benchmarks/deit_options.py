@@ -25,7 +25,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.cross import SHARED  # noqa: E402
+from benchmarks.cross import SHARED, device_name  # noqa: E402
 from benchmarks.deit_cuts import RANKINGS, RIDGE  # noqa: E402
 from benchmarks.deit_masks import ALLOCATIONS, NET, PRUNERS  # noqa: E402
 from benchmarks.imagenet import dense_of, read  # noqa: E402
@@ -84,7 +84,7 @@ OPTIONS: dict[str, Healer | None] = {
     **{f"blockwise, 60 steps, lr {lr:g}": Blockwise(steps=60, lr=lr) for lr in (1e-4, 1e-3)},
 }
 POINT = ("start", "share", "options")
-COLUMNS = (*POINT, "agreement", "divergence", "alignment", "seconds")
+COLUMNS = (*POINT, "agreement", "divergence", "alignment", "seconds", "device")
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
     asked = _options().parse_args()
     torch.set_num_threads(asked.threads)
     table = Table(HERE / "deit_options.csv", COLUMNS, POINT, _rank)
-    dense = dense_of(NET, asked.data)
+    dense = dense_of(NET, asked.data).to(asked.device)
     calibration = read(asked.data, dense.pretrained_cfg).views["plain"]  # type: ignore[arg-type]
     chosen = shuffled(len(calibration), 0, "held out of the options")
     healing, judging = calibration[chosen[HELD_OUT:]], calibration[chosen[:HELD_OUT]]
@@ -115,6 +115,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--share", type=float, default=0.75)
     parser.add_argument("--options", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
 
 
@@ -155,6 +156,7 @@ def _row(
         "divergence": f"{float(apart):.3f}",
         "alignment": f"{sum(aligned) / len(aligned):.4f}" if aligned else "",
         "seconds": f"{seconds:.0f}",
+        "device": device_name(dense),
     }
 
 
@@ -169,8 +171,8 @@ def _page(rows: list[Row]) -> list[str]:
         "other 200: agreement with the dense network in per cent (its standard error is 3.5 points, the rows share "
         "the images), KL divergence of the answers.",
         "",
-        "| start | gone | options | agreement | divergence | alignment | seconds, one thread |",
-        "|---" * 7 + "|",
+        "| start | gone | options | agreement | divergence | alignment | seconds | on |",
+        "|---" * 8 + "|",
     ]
     return page + [f"| {' | '.join(row[name] for name in COLUMNS)} |" for row in rows]
 

@@ -3,7 +3,7 @@
     python benchmarks/speed.py --data ../shared/data
     python benchmarks/speed.py --net deit_tiny_patch16_224 --shares 0.5 --modes eager
 
-Widths are decided by variance on 64 calibration images; time depends on shapes alone, so nothing is healed. Dense and
+Widths are decided as presets do on 64 calibration images; time depends on shapes alone, so nothing is healed. Dense and
 cut network take turns in one process. Writes speed.csv and speed.md.
 """
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import cifar, deit_cuts, mobile  # noqa: E402
-from benchmarks.cross import SHARED  # noqa: E402
+from benchmarks.cross import SHARED, device_name  # noqa: E402
 from benchmarks.imagenet import dense_of, read  # noqa: E402
 from benchmarks.table import Row, Table  # noqa: E402
 from heal import cost  # noqa: E402
@@ -37,12 +37,12 @@ from heal.values import Budget  # noqa: E402
 IMAGES, ROUNDS = 64, 15
 NETS = (deit_cuts.NET, *mobile.NETS, "resnet56")
 CUTS = {
-    "hidden": GlobalVariance(),
-    "hidden, multiples of 8": GlobalVariance(multiple=8),
+    "hidden": GlobalVariance(statistic="weighted"),
+    "hidden, multiples of 8": GlobalVariance(statistic="weighted", multiple=8),
     "hidden, qk, v": GlobalVariance(kinds=("mlp", "qk", "v")),
 }
 OF_TRANSFORMERS = ("hidden, qk, v",)
-POINT = ("net", "cut", "share", "batch", "mode")
+POINT = ("net", "cut", "share", "batch", "mode", "device")
 COLUMNS = (*POINT, "macs", "dense_ms", "cut_ms", "speedup", "low", "high", "of_macs")
 """macs: of the cut over the dense network. speedup: medians' ratio; low, high: with the quartiles that are worst and
 best for the cut. of_macs: the share of what the MACs promise that is got."""
@@ -55,6 +55,7 @@ def main() -> None:
     table = Table(HERE / "speed.csv", COLUMNS, POINT, _rank)
     for net in asked.net:
         dense, images = _network(net, asked.data)
+        dense.to(asked.device)
         for share, cut in ((share, cut) for share in asked.shares for cut in asked.cuts):
             if cut not in OF_TRANSFORMERS or net == deit_cuts.NET:
                 for row in _rows(net, dense, images, cut, share, asked.modes, table.known()):
@@ -71,6 +72,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--shares", nargs="*", type=float, default=[0.2, 0.3, 0.5])
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
 
 
@@ -84,19 +86,21 @@ def _network(net: str, data: Path) -> tuple[nn.Module, Tensor]:
 def _rows(
     net: str, dense: nn.Module, images: Tensor, cut: str, share: float, modes: list[str], known: set[tuple[str, ...]]
 ) -> Iterator[Row]:
+    device = device_name(dense)
     wanted = [(batch, mode) for mode in modes for batch in (1, 32)]
-    missing = [(b, mode) for b, mode in wanted if (net, cut, f"{share:g}", str(b), mode) not in known]
+    missing = [(b, mode) for b, mode in wanted if (net, cut, f"{share:g}", str(b), mode, device) not in known]
     if not missing:
         return
     smaller = _smaller(dense, images, cut, share)
     macs = cost.macs(smaller, images.shape[1:]) / cost.macs(dense, images.shape[1:])
     for batch, mode in missing:
-        row: dict[str, Any] = dict(zip(POINT, (net, cut, f"{share:g}", batch, mode), strict=True))
+        row: dict[str, Any] = dict(zip(POINT, (net, cut, f"{share:g}", batch, mode, device), strict=True))
         yield {**row, "macs": f"{macs:.3f}", **_measured(dense, smaller, images[:batch], mode, macs)}
 
 
 def _smaller(dense: nn.Module, images: Tensor, cut: str, share: float) -> nn.Module:
-    allocator, pruner = CUTS[cut], Variance(fold_mean=False)
+    allocator = CUTS[cut]
+    pruner = Variance(fold_mean=False, statistic=allocator.statistic)
     statistics = capture(dense, images, taps(dense, [allocator, pruner]))
     allocation = allocator.allocate(dense, Budget(neurons=share), AllocationContext(statistics=statistics))
     smaller = copy.deepcopy(dense)
@@ -123,7 +127,7 @@ def _measured(dense: nn.Module, smaller: nn.Module, images: Tensor, mode: str, m
 
 
 def _rank(row: Row) -> tuple[Any, ...]:
-    return row["net"], row["cut"], float(row["share"]), row["mode"], int(row["batch"])
+    return row["device"], row["net"], row["cut"], float(row["share"]), row["mode"], int(row["batch"])
 
 
 def _page(rows: list[Row]) -> list[str]:
@@ -132,12 +136,12 @@ def _page(rows: list[Row]) -> list[str]:
     page = [
         "Speed-up of the cut over the dense network, and in brackets the share of it that its MACs promise.",
         "",
-        "| network | cut | share | MACs | " + " | ".join(f"{mode}, batch {batch}" for mode, batch in ways) + " |",
-        "|---" * (4 + len(ways)) + "|",
+        "| network | cut | share | MACs | on | " + " | ".join(f"{mode}, batch {batch}" for mode, batch in ways) + " |",
+        "|---" * (5 + len(ways)) + "|",
     ]
     lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     for row in rows:
-        line = lines.setdefault((row["net"], row["cut"], row["share"], row["macs"]), {})
+        line = lines.setdefault((row["net"], row["cut"], row["share"], row["macs"], row["device"]), {})
         line[row["mode"], row["batch"]] = f"{row['speedup']} ({row['of_macs']})"
     page += [f"| {' | '.join((*line, *(cells.get(way, '') for way in ways)))} |" for line, cells in lines.items()]
     return page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,21 +11,17 @@ from torch import Tensor, nn
 
 import heal
 from heal.allocators import ALLOCATORS
-from heal.allocators.depth import Depth
-from heal.allocators.global_variance import GlobalVariance
 from heal.errors import ArchitectureError, BudgetError, InputError
 from heal.families.lookup import describe
 from heal.healers import HEALERS
-from heal.method import AllocationContext, Allocator, HealContext, Healer, Pruner, check, taps
+from heal.method import AllocationContext, HealContext, check, taps
 from heal.pruned import apply
 from heal.pruners import PRUNERS
 from heal.statistics import capture
 from heal.surgery import widths
 from heal.values import Budget, Mask
 from tests.heal import nets
-
-BUDGETS = (Budget(weights=0.6), Budget(neurons=0.5), Budget(blocks=0.6))
-SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1}
+from tests.heal.entries import BUDGETS, quick, small, that_make_sense
 
 
 @pytest.mark.parametrize("healer", HEALERS)
@@ -34,10 +29,10 @@ SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1}
 def test_the_laws_hold(net: str, healer: str) -> None:
     dense, images = nets.build(net), nets.images(4)
     before = _state(dense)
-    for budget, allocator, pruner in _that_make_sense(dense, healer):
+    for budget, allocator, pruner in that_make_sense(dense, healer):
         try:
             first, again = (
-                heal.recompress(dense, images, budget, allocator, pruner, [_quick(healer)]) for _ in range(2)
+                heal.recompress(dense, images, budget, allocator, pruner, [quick(healer)]) for _ in range(2)
             )
         except ArchitectureError as error:
             assert net == "swinv2" and "nothing passed layers.0.blocks.0.attn.qkv" in str(error)
@@ -68,8 +63,8 @@ def test_the_laws_hold(net: str, healer: str) -> None:
 def test_the_teacher_is_only_read_and_no_hook_stays(net: str, healer: str) -> None:
     teacher, images = nets.build(net), nets.images(4)
     before, modes = _state(teacher), _modes(teacher)
-    for budget, allocator, pruner in _that_make_sense(teacher, healer):
-        wanted = taps(teacher, [allocator, pruner, _quick(healer)])
+    for budget, allocator, pruner in that_make_sense(teacher, healer):
+        wanted = taps(teacher, [allocator, pruner, quick(healer)])
         statistics = capture(teacher, images, wanted)
         context = AllocationContext(statistics=statistics, images=images)
         pruned = pruner.prune(teacher, allocator.allocate(teacher, budget, context), statistics)
@@ -91,7 +86,7 @@ def _heal(
             raise breaks
 
     try:
-        _quick(name).heal(student, teacher, images, dataclasses.replace(context, report=report))
+        quick(name).heal(student, teacher, images, dataclasses.replace(context, report=report))
     except RuntimeError as error:
         assert error is breaks
 
@@ -110,7 +105,7 @@ def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
     dense, images = nets.build(net), nets.images(8)
     before = _state(dense)
     for budget in (Budget(weights=0.5),) if allocator == "n_of_m" else (*BUDGETS, Budget(macs=0.6)):
-        method = _small(allocator)
+        method = small(allocator)
         try:
             check(dense, budget, method, PRUNERS["none"](), [])
         except InputError:
@@ -137,48 +132,10 @@ def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
 @pytest.mark.parametrize("net", nets.NETS)
 def test_a_combination_makes_sense_or_is_refused_before_anything_is_computed(net: str) -> None:
     model = nets.build(net)
-    tried = [combination for healer in HEALERS for combination in _that_make_sense(model, healer)]
+    tried = [combination for healer in HEALERS for combination in that_make_sense(model, healer)]
     assert any(budget.unit == "weights" for budget, _, _ in tried), "every network can be masked"
     assert any(budget.unit == "neurons" for budget, _, _ in tried) == bool(describe(model).cuttable)
     assert any(budget.unit == "blocks" for budget, _, _ in tried) == bool(describe(model).droppable)
-
-
-def _that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Allocator, Pruner]]:
-    """Of the allocators one for each kind of budget: what they give differs in numbers alone.
-
-    Of the pruners all for the healer `none`, else one for each kind: healers see what stays, not who chose it. Channels
-    are of the kinds that are cut by default, and of the kind that the healer is for.
-    """
-    neurons = GlobalVariance(kinds=("qk",)) if healer == "qk_compensation" else GlobalVariance()
-    chosen = (
-        PRUNERS if healer == "none" else {name: PRUNERS[name] for name in ("depth", "magnitude", "none", "variance")}
-    )
-    for budget, allocator in zip(BUDGETS, (ALLOCATORS["uniform"](), neurons, Depth("influence", 4)), strict=True):
-        for pruner in chosen.values():
-            methods: tuple[Allocator, Pruner] = (allocator, pruner())
-            try:
-                check(model, budget, *methods, [_quick(healer)])
-            except InputError:
-                continue
-            yield budget, *methods
-
-
-def _small(name: str) -> Allocator:
-    """With its default params, or a search of a few candidates."""
-    short = {
-        "depth": {"images": 2},
-        "evolutionary": {"population": 3, "generations": 1, "parents": 2, "images": 4},
-        "sequence": {"step": 0.05, "images": 4},
-    }
-    allocator: Allocator = ALLOCATORS[name](**short.get(name, {}))
-    return allocator
-
-
-def _quick(name: str) -> Healer:
-    healer: Healer = HEALERS[name]()
-    fields = {field.name for field in dataclasses.fields(healer)} if dataclasses.is_dataclass(healer) else set()
-    short = {param: value for param, value in SHORT.items() if param in fields}
-    return dataclasses.replace(healer, **short)  # type: ignore[type-var]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
