@@ -43,6 +43,7 @@ ALLOCATIONS: dict[str, Allocator] = {
 REPAIRS: dict[str, Repair] = {
     "none": Repair(),
     "least squares": Repair((LeastSquares(),)),
+    "least squares, dense inputs": Repair((LeastSquares(inputs="dense"),)),
     "layerwise, 300 steps": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300, inputs="pruned"),)),
     "blockwise, 300 steps": Repair((Blockwise(steps=300),)),
     "blockwise, 300 steps, lr 1e-3": Repair((Blockwise(steps=300, lr=1e-3),)),

@@ -134,7 +134,8 @@ def _page(rows: list[Row]) -> list[str]:
     """A line for every cut, a column for every way to run it."""
     ways = [(mode, batch) for mode in ("eager", "compiled") for batch in ("1", "32")]
     page = [
-        "Speed-up of the cut over the dense network, and in brackets the share of it that its MACs promise.",
+        "Speed-up of the cut over the dense network, in brackets with the quartiles that are worst and best for the cut, "
+        "then the share of what its MACs promise.",
         "",
         "| network | cut | share | MACs | on | " + " | ".join(f"{mode}, batch {batch}" for mode, batch in ways) + " |",
         "|---" * (5 + len(ways)) + "|",
@@ -142,7 +143,7 @@ def _page(rows: list[Row]) -> list[str]:
     lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     for row in rows:
         line = lines.setdefault((row["net"], row["cut"], row["share"], row["macs"], row["device"]), {})
-        line[row["mode"], row["batch"]] = f"{row['speedup']} ({row['of_macs']})"
+        line[row["mode"], row["batch"]] = f"{row['speedup']} [{row['low']}, {row['high']}], {row['of_macs']}"
     page += [f"| {' | '.join((*line, *(cells.get(way, '') for way in ways)))} |" for line, cells in lines.items()]
     return page
 
