@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,15 +21,23 @@ Curves = dict[str, dict[float, list[float]]]
 """Values by name and sparsity."""
 
 TOP1 = "Top-1 in per cent; of several seeds the mean and, in brackets, lowest to highest."
+DAGGER = " †: at least one of them on a GPU, which the table in CSV names."
 MARKS = "os^DvPX*<>h"
 
 
-def lines_of(cells: Cells, names: list[str], columns: list[str], corner: str = "allocation") -> list[str]:
-    """A Markdown table of the lines and columns that have values, in the order given."""
+def lines_of(
+    cells: Cells,
+    names: list[str],
+    columns: list[str],
+    corner: str = "allocation",
+    marked: Collection[tuple[str, str]] = (),
+) -> list[str]:
+    """A Markdown table of the lines and columns that have values, in the order given; a dagger at what is marked."""
     present = [column for column in columns if any(column == of for _, of in cells)]
     page = [f"| {corner} | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
     for name in (name for name in names if any(name == of for of, _ in cells)):
-        page.append(f"| {name} | " + " | ".join(mean_and_spread(cells.get((name, of), [])) for of in present) + " |")
+        values = (mean_and_spread(cells.get((name, of), [])) + " †" * ((name, of) in marked) for of in present)
+        page.append(f"| {name} | " + " | ".join(values) + " |")
     return page
 
 
@@ -40,15 +48,20 @@ def crosses(
     value: str = "top1",
     removed: str = "masked",
 ) -> list[str]:
-    """A table for every network, sparsity and number of test images: lines are allocations, columns repairs."""
-    names, columns, page = list(allocations), list(repairs), list[str]()
-    groups: dict[tuple[str, str, str], Cells] = {}
+    """A table for every network, sparsity and number of test images: allocations x repairs, the longer of them down."""
+    page = list[str]()
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in (row for row in rows if row[value]):  # not every network has every subset
-        cells = groups.setdefault((row["net"], row["sparsity"], row["test_images"]), {})
-        cells.setdefault((row["allocation"], row["repair"]), []).append(float(row[value]))
-    for (net, sparsity, count), cells in groups.items():
+        groups.setdefault((row["net"], row["sparsity"], row["test_images"]), []).append(row)
+    for (net, sparsity, count), found in groups.items():
         page += ["", f"### {net}, {100 * float(sparsity):g} % {removed}, {count} test images", ""]
-        page += lines_of(cells, names, columns)
+        ways = {"allocation": list(allocations), "repair": list(repairs)}
+        down, across = sorted(ways, key=lambda way: -len({row[way] for row in found}))
+        cells: Cells = {}
+        for row in found:
+            cells.setdefault((row[down], row[across]), []).append(float(row[value]))
+        marked = {(row[down], row[across]) for row in found if row["device"] != "cpu"}
+        page += lines_of(cells, ways[down], ways[across], down, marked)
     return page
 
 
@@ -61,7 +74,12 @@ def by_subset(
 ) -> list[str]:
     """The crosses on all test images, then on each of their subsets."""
     names, columns = list(allocations), list(repairs)
-    page = [TOP1, "", "## All test images", *crosses(rows, names, columns, removed=removed)]
+    page = [
+        TOP1 + DAGGER * any(row["device"] != "cpu" for row in rows),
+        "",
+        "## All test images",
+        *crosses(rows, names, columns, removed=removed),
+    ]
     for subset in subsets:
         page += ["", f"## {subset} alone", *crosses(rows, names, columns, subset, removed)]
     return page

@@ -134,7 +134,7 @@ def _page(rows: list[Row]) -> list[str]:
     """A line for every cut, a column for every way to run it."""
     ways = [(mode, batch) for mode in ("eager", "compiled") for batch in ("1", "32")]
     page = [
-        "Speed-up of the cut over the dense network, in brackets with the quartiles that are worst and best for the cut, "
+        "Speed-up of the cut over the dense network, in brackets with the quartiles that are worst and best for it, "
         "then the share of what its MACs promise.",
         "",
         "| network | cut | share | MACs | on | " + " | ".join(f"{mode}, batch {batch}" for mode, batch in ways) + " |",
