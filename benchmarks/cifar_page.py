@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.cifar import ALLOCATIONS, REPAIRS, table_of  # noqa: E402
-from benchmarks.pages import TOP1, crosses, curves, mean_and_spread, means  # noqa: E402
+from benchmarks.pages import crosses, curves, legend, mean_and_spread, means  # noqa: E402
 from benchmarks.table import Row  # noqa: E402
 from heal.errors import InputError  # noqa: E402
 from heal.transition import Transition, is_repair_sensitive, locate  # noqa: E402
@@ -147,7 +147,7 @@ def _crosses(rows: list[Row]) -> list[str]:
         "",
         "## Every cross",
         "",
-        TOP1,
+        legend(rows),
     ]
     shown = (row for row in rows if row["test_images"] != BAND_IMAGES or row["repair"] != BAND_REPAIR)
     return page + crosses(shown, ALLOCATIONS, REPAIRS)

@@ -76,7 +76,7 @@ def main() -> None:
                 images = read(asked.data, dense.pretrained_cfg)  # type: ignore[arg-type]
             else:
                 dense, images = cifar.dense_of(net, asked.data), cifar.images_of(asked.data, seed, 2000)
-            Cross(net, dense.to(asked.device), images, seed, methods).run(table, asked)
+            Cross(net, dense, images, seed, methods).run(table, asked)
 
 
 if __name__ == "__main__":

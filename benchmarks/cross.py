@@ -131,6 +131,7 @@ class Cross:
 
     def run(self, table: Table, asked: argparse.Namespace) -> None:
         """Measure what the table lacks of what was asked for (`options`)."""
+        self.dense.to(asked.device)
         draws = [self.images.first(count) for count in asked.counts] or [self.images]
         for images in draws:
             Cross(self.net, self.dense, images, self.seed, self.methods)._all(table, asked)

@@ -47,22 +47,16 @@ def _nets(rows: list[Row]) -> set[str]:
 def _hunger(rows: list[Row], removed: str) -> list[str]:
     """Of what was measured with fewer calibration images, top-1 by their number."""
     cells: dict[tuple[str, str], Cells] = {}
-    marked: set[tuple[str, str]] = set()
     for row in rows:
         line = cells.setdefault((row["net"], row["sparsity"]), {})
-        name = f"{row['allocation']}: {row['repair']}"
-        line.setdefault((name, row["calibration_images"]), []).append(float(row["top1"]))
-        if row["device"] != "cpu":
-            marked.add((name, row["calibration_images"]))
+        line.setdefault((f"{row['allocation']}: {row['repair']}", row["calibration_images"]), []).append(row)
     page: list[str] = []
     for (net, sparsity), found in cells.items():
         counts = sorted({count for _, count in found}, key=int)
         asked = list(dict.fromkeys(name for name, count in found if count != counts[-1]))
         if asked:
             page += ["", f"### {net}, {100 * float(sparsity):g} % {removed}, by calibration images", ""]
-            page += lines_of(
-                {key: value for key, value in found.items() if key[0] in asked}, asked, counts, "repair", marked
-            )
+            page += lines_of({key: value for key, value in found.items() if key[0] in asked}, asked, counts, "repair")
     return ["", "## Fewer calibration images", *page] if page else []
 
 

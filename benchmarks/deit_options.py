@@ -171,7 +171,7 @@ def _page(rows: list[Row]) -> list[str]:
         "other 200: agreement with the dense network in per cent (its standard error is 3.5 points, the rows share "
         "the images), KL divergence of the answers.",
         "",
-        "| start | gone | options | agreement | divergence | alignment | seconds | on |",
+        "| start | gone | options | agreement | divergence | alignment | seconds | device |",
         "|---" * 8 + "|",
     ]
     return page + [f"| {' | '.join(row[name] for name in COLUMNS)} |" for row in rows]

@@ -26,7 +26,7 @@ def measure(
     torch.set_num_threads(asked.threads)
     table = table_of(path, methods.allocations, methods.repairs, SUBSETS)
     for net in asked.net:
-        dense = dense_of(net, asked.data).to(asked.device)
+        dense = dense_of(net, asked.data)
         images = read(asked.data, dense.pretrained_cfg)  # type: ignore[arg-type]
         for seed in asked.seeds:
             Cross(net, dense, images, seed, methods).run(table, asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,31 +14,39 @@ from benchmarks.table import Row
 matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "regrow", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 
-Cells = dict[tuple[str, str], list[float]]
-"""Values by (line, column)."""
+Cells = dict[tuple[str, str], list[Row]]
+"""What was measured by (line, column)."""
 
 Curves = dict[str, dict[float, list[float]]]
 """Values by name and sparsity."""
 
-TOP1 = "Top-1 in per cent; of several seeds the mean and, in brackets, lowest to highest."
-DAGGER = " †: at least one of them on a GPU, which the table in CSV names."
 MARKS = "os^DvPX*<>h"
 
 
-def lines_of(
-    cells: Cells,
-    names: list[str],
-    columns: list[str],
-    corner: str = "allocation",
-    marked: Collection[tuple[str, str]] = (),
-) -> list[str]:
-    """A Markdown table of the lines and columns that have values, in the order given; a dagger at what is marked."""
+def legend(rows: Iterable[Row]) -> str:
+    """What the cells of these rows' tables say."""
+    text = "Top-1 in per cent; of several seeds the mean and, in brackets, lowest to highest and how many."
+    if any(_is_of_a_gpu(row) for row in rows):
+        text += " †: at least one was measured on a GPU; the column `device` of the CSV names it."
+    return text
+
+
+def lines_of(cells: Cells, names: list[str], columns: list[str], corner: str, value: str = "top1") -> list[str]:
+    """A Markdown table of the lines and columns that have values, in the order given."""
     present = [column for column in columns if any(column == of for _, of in cells)]
     page = [f"| {corner} | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
     for name in (name for name in names if any(name == of for of, _ in cells)):
-        values = (mean_and_spread(cells.get((name, of), [])) + " †" * ((name, of) in marked) for of in present)
-        page.append(f"| {name} | " + " | ".join(values) + " |")
+        page.append(f"| {name} | " + " | ".join(_cell(cells.get((name, of), []), value) for of in present) + " |")
     return page
+
+
+def _cell(rows: list[Row], value: str) -> str:
+    shown = mean_and_spread([float(row[value]) for row in rows])
+    return f"{shown} †" if any(_is_of_a_gpu(row) for row in rows) else shown
+
+
+def _is_of_a_gpu(row: Row) -> bool:
+    return bool(row["device"] != "cpu")
 
 
 def crosses(
@@ -48,20 +56,17 @@ def crosses(
     value: str = "top1",
     removed: str = "masked",
 ) -> list[str]:
-    """A table for every network, sparsity and number of test images: allocations x repairs, the longer of them down."""
-    page = list[str]()
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    """A table for every network, sparsity and number of test images; down go allocations or repairs, as are more."""
+    ways = {"allocation": list(allocations), "repair": list(repairs)}
+    down, across = sorted(ways, key=lambda way: len(ways[way]), reverse=True)
+    groups: dict[tuple[str, str, str], Cells] = {}
     for row in (row for row in rows if row[value]):  # not every network has every subset
-        groups.setdefault((row["net"], row["sparsity"], row["test_images"]), []).append(row)
-    for (net, sparsity, count), found in groups.items():
+        cells = groups.setdefault((row["net"], row["sparsity"], row["test_images"]), {})
+        cells.setdefault((row[down], row[across]), []).append(row)
+    page = list[str]()
+    for (net, sparsity, count), cells in groups.items():
         page += ["", f"### {net}, {100 * float(sparsity):g} % {removed}, {count} test images", ""]
-        ways = {"allocation": list(allocations), "repair": list(repairs)}
-        down, across = sorted(ways, key=lambda way: -len({row[way] for row in found}))
-        cells: Cells = {}
-        for row in found:
-            cells.setdefault((row[down], row[across]), []).append(float(row[value]))
-        marked = {(row[down], row[across]) for row in found if row["device"] != "cpu"}
-        page += lines_of(cells, ways[down], ways[across], down, marked)
+        page += lines_of(cells, ways[down], ways[across], down, value)
     return page
 
 
@@ -74,22 +79,17 @@ def by_subset(
 ) -> list[str]:
     """The crosses on all test images, then on each of their subsets."""
     names, columns = list(allocations), list(repairs)
-    page = [
-        TOP1 + DAGGER * any(row["device"] != "cpu" for row in rows),
-        "",
-        "## All test images",
-        *crosses(rows, names, columns, removed=removed),
-    ]
+    page = [legend(rows), "", "## All test images", *crosses(rows, names, columns, removed=removed)]
     for subset in subsets:
         page += ["", f"## {subset} alone", *crosses(rows, names, columns, subset, removed)]
     return page
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """One value, or the mean and, in brackets, lowest to highest; nothing of nothing."""
+    """One value, or the mean and, in brackets, lowest to highest and how many; nothing of nothing."""
     if len(values) < 2:
         return "".join(f"{value:.1f}" for value in values)
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f}; {len(values)})"
 
 
 def means(rows: Iterable[Row], name: Callable[[Row], str], value: Callable[[Row], float]) -> Curves:

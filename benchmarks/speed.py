@@ -3,8 +3,8 @@
     python benchmarks/speed.py --data ../shared/data
     python benchmarks/speed.py --net deit_tiny_patch16_224 --shares 0.5 --modes eager
 
-Widths are decided as presets do on 64 calibration images; time depends on shapes alone, so nothing is healed. Dense and
-cut network take turns in one process. Writes speed.csv and speed.md.
+Widths of hidden neurons are decided as presets do, on 64 calibration images; time depends on shapes alone, so nothing
+is healed. Dense and cut network take turns in one process. Writes speed.csv and speed.md.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--cuts", nargs="*", default=list(CUTS), choices=list(CUTS))
     parser.add_argument("--shares", nargs="*", type=float, default=[0.2, 0.3, 0.5])
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
 
@@ -137,7 +137,9 @@ def _page(rows: list[Row]) -> list[str]:
         "Speed-up of the cut over the dense network, in brackets with the quartiles that are worst and best for it, "
         "then the share of what its MACs promise.",
         "",
-        "| network | cut | share | MACs | on | " + " | ".join(f"{mode}, batch {batch}" for mode, batch in ways) + " |",
+        "| network | cut | share | MACs | device | "
+        + " | ".join(f"{mode}, batch {batch}" for mode, batch in ways)
+        + " |",
         "|---" * (5 + len(ways)) + "|",
     ]
     lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}

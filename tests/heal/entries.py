@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from torch import nn
 
@@ -19,8 +20,10 @@ from heal.values import Budget
 BUDGETS = (Budget(weights=0.6), Budget(neurons=0.5), Budget(blocks=0.6))
 SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1}
 
+M = TypeVar("M")
 
-def that_make_sense(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Allocator, Pruner]]:
+
+def combinations(model: nn.Module, healer: str) -> Iterator[tuple[Budget, Allocator, Pruner]]:
     """Of the allocators one for each kind of budget: what they give differs in numbers alone.
 
     Of the pruners all for the healer `none`, else one for each kind: healers see what stays, not who chose it. Channels
@@ -51,8 +54,15 @@ def small(name: str) -> Allocator:
     return allocator
 
 
-def quick(name: str) -> Healer:
+def quick(name: str, **params: object) -> Healer:
+    """A step or an epoch where it trains, and those of the params that it has."""
     healer: Healer = HEALERS[name]()
-    fields = {field.name for field in dataclasses.fields(healer)} if dataclasses.is_dataclass(healer) else set()
-    short = {param: value for param, value in SHORT.items() if param in fields}
-    return dataclasses.replace(healer, **short)  # type: ignore[type-var]
+    return replaced(healer, {**SHORT, **params})
+
+
+def replaced(method: M, params: Mapping[str, object]) -> M:
+    """The method with those of the params that it has."""
+    if not dataclasses.is_dataclass(method):
+        return method
+    fields = {field.name for field in dataclasses.fields(method)}
+    return dataclasses.replace(method, **{name: value for name, value in params.items() if name in fields})

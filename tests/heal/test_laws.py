@@ -21,7 +21,7 @@ from heal.statistics import capture
 from heal.surgery import widths
 from heal.values import Budget, Mask
 from tests.heal import nets
-from tests.heal.entries import BUDGETS, quick, small, that_make_sense
+from tests.heal.entries import BUDGETS, combinations, quick, small
 
 
 @pytest.mark.parametrize("healer", HEALERS)
@@ -29,7 +29,7 @@ from tests.heal.entries import BUDGETS, quick, small, that_make_sense
 def test_the_laws_hold(net: str, healer: str) -> None:
     dense, images = nets.build(net), nets.images(4)
     before = _state(dense)
-    for budget, allocator, pruner in that_make_sense(dense, healer):
+    for budget, allocator, pruner in combinations(dense, healer):
         try:
             first, again = (
                 heal.recompress(dense, images, budget, allocator, pruner, [quick(healer)]) for _ in range(2)
@@ -63,7 +63,7 @@ def test_the_laws_hold(net: str, healer: str) -> None:
 def test_the_teacher_is_only_read_and_no_hook_stays(net: str, healer: str) -> None:
     teacher, images = nets.build(net), nets.images(4)
     before, modes = _state(teacher), _modes(teacher)
-    for budget, allocator, pruner in that_make_sense(teacher, healer):
+    for budget, allocator, pruner in combinations(teacher, healer):
         wanted = taps(teacher, [allocator, pruner, quick(healer)])
         statistics = capture(teacher, images, wanted)
         context = AllocationContext(statistics=statistics, images=images)
@@ -132,7 +132,7 @@ def test_every_allocation_meets_its_budget(net: str, allocator: str) -> None:
 @pytest.mark.parametrize("net", nets.NETS)
 def test_a_combination_makes_sense_or_is_refused_before_anything_is_computed(net: str) -> None:
     model = nets.build(net)
-    tried = [combination for healer in HEALERS for combination in that_make_sense(model, healer)]
+    tried = [combination for healer in HEALERS for combination in combinations(model, healer)]
     assert any(budget.unit == "weights" for budget, _, _ in tried), "every network can be masked"
     assert any(budget.unit == "neurons" for budget, _, _ in tried) == bool(describe(model).cuttable)
     assert any(budget.unit == "blocks" for budget, _, _ in tried) == bool(describe(model).droppable)

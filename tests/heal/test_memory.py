@@ -24,13 +24,14 @@ from heal.pruned import apply
 from heal.pruners import PRUNERS
 from heal.statistics import capture
 from heal.values import Budget
-from tests.heal import nets
+from tests.heal import entries, nets
+from tests.heal.entries import replaced
 
 FEW, MANY, SIDE = 320, 1280, 64
 HELD = (MANY - FEW) * 3 * SIDE * SIDE * 4
 """Bytes that a method which holds all images takes more of many than of few: 45 MiB."""
 
-SHORT = {"epochs": 1, "warmup_epochs": 0, "iterations": 1, "steps": 1, "population": 3, "parents": 2, "generations": 1}
+SHORT = entries.SHORT | {"population": 3, "parents": 2, "generations": 1}
 STATUS = Path("/proc/self/status")
 M_MMAP_THRESHOLD = -3
 """The name of this limit for mallopt (malloc.h of glibc)."""
@@ -107,12 +108,12 @@ def grows_by_holding() -> int:
 
 def grows_by_healing(name: str) -> int:
     model = bare() if name == "repair" else nets.build("resnet")
-    return growth(lambda images: heals(model, quick(HEALERS[name]()), images))
+    return growth(lambda images: heals(model, replaced(HEALERS[name](), SHORT), images))
 
 
 def grows_by_allocating(name: str) -> int:
     model = nets.build("resnet")
-    return growth(lambda images: allocates(model, quick(ALLOCATORS[name]()), images))
+    return growth(lambda images: allocates(model, replaced(ALLOCATORS[name](), SHORT), images))
 
 
 def growth(use: Callable[[Images], object]) -> int:
@@ -136,11 +137,6 @@ def resident(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())
     assert found
     return int(found[1]) * 1024
-
-
-def quick(method: object) -> object:
-    fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    return dataclasses.replace(method, **{name: value for name, value in SHORT.items() if name in fields})  # type: ignore[type-var]
 
 
 def bare() -> nn.Module:
