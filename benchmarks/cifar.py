@@ -49,6 +49,7 @@ from heal.allocators.uniform import Uniform  # noqa: E402
 from heal.allocators.uniform_plus import UniformPlus  # noqa: E402
 from heal.healers.batchnorm_recalibration import BatchnormRecalibration  # noqa: E402
 from heal.healers.layerwise import Layerwise  # noqa: E402
+from heal.healers.least_squares import LeastSquares  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
 from heal.healers.unipts import Unipts  # noqa: E402
 from heal.healers.variance_matching import VarianceMatching  # noqa: E402
@@ -84,6 +85,10 @@ REPAIRS: dict[str, Repair] = {
     **training_free(batch_size=128, measured=256),
     # The networks were trained on such crops: their statistics are not those of the images as they are.
     "bn cumulative, crops": Repair((BatchnormRecalibration(),), "crops"),
+    "least squares": Repair((LeastSquares(),)),
+    "least squares, dense inputs": Repair((LeastSquares(inputs="dense"),)),
+    "least squares, vm": Repair((LeastSquares(), MATCH)),
+    "least squares + starfish": Repair((LeastSquares(), Starfish())),
     "vm + starfish": Repair((MATCH, Starfish())),
     "layerwise, 300 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=300), MATCH)),
     "unipts, 30 epochs": Repair((Unipts(epochs=30, augment=False),)),

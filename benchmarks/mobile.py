@@ -25,6 +25,7 @@ from heal.allocators.raw_damage import RawDamage  # noqa: E402
 from heal.allocators.relative_repairability import RelativeRepairability  # noqa: E402
 from heal.allocators.uniform import Uniform  # noqa: E402
 from heal.healers.layerwise import Layerwise  # noqa: E402
+from heal.healers.least_squares import LeastSquares  # noqa: E402
 from heal.healers.starfish import Starfish  # noqa: E402
 from heal.healers.unipts import Unipts  # noqa: E402
 from heal.healers.variance_matching import VarianceMatching  # noqa: E402
@@ -49,9 +50,11 @@ ALLOCATIONS = {
     **_allocations("", ("stem", "classifier")),
     **_allocations(" + depthwise", ("stem", "depthwise", "classifier")),
 }
-MATCH = VarianceMatching(images=64)
+MATCH, SOLVED = VarianceMatching(images=64), LeastSquares(images=256)
 REPAIRS: dict[str, Repair] = {
     **training_free(batch_size=32, measured=64),
+    "least squares, 256 images": Repair((SOLVED,)),
+    "least squares, 256 images + starfish, 3 epochs": Repair((SOLVED, Starfish(epochs=3))),
     "vm + starfish, 3 epochs": Repair((MATCH, Starfish(epochs=3))),
     "layerwise, 50 steps + vm": Repair((Layerwise(budget="msbench", lr=1e-3, steps=50), MATCH)),
     "unipts, 3 epochs": Repair((Unipts(epochs=3, augment=False),)),
