@@ -64,6 +64,12 @@ bench: $(STAMP)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/cifar_page.py
 	test -z "$(DATA)" || $(BIN)/python benchmarks/mobile.py --data "$(DATA)"
 	test -z "$(DATA)" || $(BIN)/python benchmarks/mobile_page.py
+	test -z "$(DATA)" || $(BIN)/python benchmarks/deit_cuts.py --data "$(DATA)"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/deit_masks.py --data "$(DATA)"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/cnn_cuts.py --data "$(DATA)"
+	test -z "$(DATA)" || $(BIN)/python benchmarks/crosses_page.py
+	test -z "$(DATA)" || $(BIN)/python benchmarks/deit_options.py --data "$(DATA)"
+	test -z "$(DATA)" || env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/speed.py --data "$(DATA)"
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

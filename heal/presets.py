@@ -43,7 +43,6 @@ GLOBAL = Named("global_variance", {"statistic": "weighted"})
 VARIANCE = Named("variance", {"statistic": "weighted"})
 SOLVED = Named("closed_form")
 RECALIBRATED = Named("batchnorm_recalibration")
-MATCHED = Named("variance_matching")
 ALIGNED = Named("starfish")
 SQUARED = Named("least_squares")
 COMPENSATED = Named("qk_compensation")
@@ -60,7 +59,7 @@ CUTS: Mapping[Kind, Methods] = {
 }
 MASKS: Mapping[Kind, Methods] = {
     "transformer": (Named("uniform"), Named("obs"), (FREED,)),
-    "normalised": (Named("lamp"), Named("magnitude"), (MATCHED, ALIGNED)),
+    "normalised": (Named("lamp"), Named("magnitude"), (SQUARED, ALIGNED)),
     "other": (Named("lamp"), Named("magnitude"), (ALIGNED,)),
     "blockless": (Named("lamp"), Named("magnitude"), (SQUARED,)),
 }

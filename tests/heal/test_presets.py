@@ -56,7 +56,7 @@ def test_every_preset_makes_sense_on_every_network(name: str, removes: str, patt
     [
         ("vit", "neurons", ["global_variance", "variance", "closed_form", "starfish"]),
         ("vit", "weights", ["uniform", "obs", "starfish"]),
-        ("resnet", "weights", ["lamp", "magnitude", "variance_matching", "starfish"]),
+        ("resnet", "weights", ["lamp", "magnitude", "least_squares", "starfish"]),
         ("convnext", "weights", ["lamp", "magnitude", "starfish"]),
     ],
 )
