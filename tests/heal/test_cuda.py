@@ -58,15 +58,20 @@ def test_recompressing_gives_what_it_gives_on_the_cpu(net: str, name: str) -> No
 @pytest.mark.parametrize("name", ALLOCATORS)
 @pytest.mark.parametrize("net", FAMILIES)
 def test_an_allocation_is_the_one_of_the_cpu(net: str, name: str) -> None:
+    tried = 0
     for budget in (Budget(weights=0.5),) if name == "n_of_m" else BUDGETS:
         try:
             check(nets.build(net), budget, small(name), PRUNERS["none"](), [])
             expected = allocated(net, "cpu", budget, small(name))
         except (InputError, BudgetError):
             continue
+        tried += 1
         found = allocated(net, "cuda", budget, small(name))
+        assert found.got == expected.got
         moved = sum(abs(found.kept[layer] - kept) for layer, kept in expected.kept.items())
         assert moved <= 0.02 * expected.got, "rounding decides between equals alone"
+    if not tried:
+        pytest.skip(f"{name} is for no budget of {net}")
 
 
 def recompressed(net: str, device: str, budget: Budget, allocator: Allocator, pruner: Pruner, healer: Healer) -> Result:
