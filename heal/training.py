@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from heal.attention import TrainedWrittenOut
 from heal.checkpoint import Checkpoint
 from heal.errors import MethodError, NumericalError
 from heal.families.discovery import batch_norms
@@ -176,7 +177,7 @@ def _descend(training: Training[Batch], optimiser: torch.optim.Optimizer, step: 
     """One step; its loss."""
     device = next(iter(training.trainable.values())).device
     with training.masks.masked(training.trainable):
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.schedule.precision == "bfloat16"):
+        with _in(training.schedule.precision, device):
             value = training.loss(step, batch)
         loss = _finite(value, training, step.number)
         value.backward()  # type: ignore[no-untyped-call]
@@ -184,6 +185,15 @@ def _descend(training: Training[Batch], optimiser: torch.optim.Optimizer, step: 
     optimiser.zero_grad(set_to_none=True)
     training.masks.settle(training.trainable)
     return loss
+
+
+@contextmanager
+def _in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """What a step computes in."""
+    lower = precision == "bfloat16"
+    attention = TrainedWrittenOut() if lower and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=lower), attention:
+        yield
 
 
 def _finite(value: Tensor, training: Training[Batch], step: int) -> float:
