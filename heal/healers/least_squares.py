@@ -97,6 +97,8 @@ class LeastSquares:
         """The layers that are not tried, and why."""
         called = set(wiring.order)
         notes = {layer: "its weight is read without calling it" for layer in keep if layer not in called}
+        if self.inputs == "pruned":
+            notes |= dict.fromkeys(wiring.repeated, "it runs several times, and this would see the first")
         for layer in wiring.order:
             needed = operations(keep[layer])
             if needed > self.most:
