@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from heal.errors import MethodError
+from heal.errors import ArchitectureError, MethodError
 from heal.families.lookup import describe
 from heal.healers.layer_batches import Drawn, Pair, Site, numbered
-from heal.images import Images, generator
+from heal.images import Images, first, generator
 from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
@@ -25,6 +25,7 @@ from heal.progress import quiet
 from heal.pruned import goals, kept
 from heal.states import alignment
 from heal.training import Schedule, Step, Training, fit
+from heal.values import ChannelCut, Mask
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Blockwise:
         batches, losses, pairs = numbered(images, self.batch_size), list[float](), None
         layout, stay = describe(teacher).states, kept(teacher, context.pruned, "blocks")
         asked = goals(teacher, context.pruned)
+        _refuse_company(teacher, [*asked, *asked.values()], first(images, 1, 1)[0])
+        notes = _untrained(student, context.pruned, [block for block in asked if _parameters(student, block)])
+        for note in notes:
+            context.log(f"blockwise: {note}")
         with evaluating(student), evaluating(teacher):
             for done, (block, goal) in enumerate(asked.items(), start=1):
                 drawn = generator(context.seed, f"blockwise batches of {block}")
@@ -66,11 +71,11 @@ class Blockwise:
                 losses += self._fit(student, block, pairs, context)
                 context.report("blockwise", done, len(asked))
         after = alignment(student, teacher, images, context.pruned)
-        return HealingReport("blockwise", asdict(self), tuple(losses), before, after, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return HealingReport("blockwise", asdict(self), tuple(losses), before, after, seconds, notes)
 
     def _fit(self, student: nn.Module, block: str, pairs: Drawn, context: HealContext) -> tuple[float, ...]:
-        module = student.get_submodule(block)
-        trainable = {f"{block}.{name}": parameter for name, parameter in module.named_parameters()}
+        module, trainable = student.get_submodule(block), _parameters(student, block)
         if not trainable:
             return ()
 
@@ -82,3 +87,44 @@ class Blockwise:
         masks, schedule = Fixed.of(context.pruned, trainable), Schedule(1, self.lr, 0.0)
         training = Training("blockwise", lambda _: pairs, loss, trainable, schedule, masks, part=block)
         return fit(student, training, replace(context, report=quiet))
+
+
+def _parameters(student: nn.Module, block: str) -> dict[str, nn.Parameter]:
+    return {f"{block}.{name}": parameter for name, parameter in student.get_submodule(block).named_parameters()}
+
+
+def _untrained(student: nn.Module, pruned: Mask | ChannelCut, trained: list[str]) -> tuple[str, ...]:
+    """What the report says of layers outside of the blocks."""
+    layers = pruned.keep if isinstance(pruned, Mask) else describe(student).layers
+    inside = tuple(f"{block}." for block in trained)
+    outside = [layer for layer in layers if not f"{layer}.".startswith(inside)]
+    return (f"{', '.join(outside)}: in no block that trains, so as before",) if outside else ()
+
+
+def _refuse_company(teacher: nn.Module, blocks: list[str], image: Tensor) -> None:
+    """Raise ArchitectureError where a block takes more than a tensor, or gives anything else: it trains alone here."""
+
+    def check(block: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            beside = [
+                *map(str, range(1, len(args))),
+                *(name for name, value in kwargs.items() if value is not None and value is not False),
+            ]
+            if beside or not isinstance(output, Tensor):
+                what = f"takes more than its input ({', '.join(beside)})" if beside else "gives more than one tensor"
+                raise ArchitectureError(
+                    f"blockwise: {block} {what}, so it cannot be trained alone; heal by starfish or distill"
+                )
+
+        return hook
+
+    handles = [
+        teacher.get_submodule(block).register_forward_hook(check(block), with_kwargs=True)
+        for block in dict.fromkeys(blocks)
+    ]
+    try:
+        with evaluating(teacher), torch.no_grad():
+            teacher(image.to(next(teacher.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import heal
 from heal.allocators.uniform import Uniform
+from heal.compat import timm
 from heal.errors import ArchitectureError, MethodError
 from heal.families.lookup import describe
 from heal.healers.blockwise import Blockwise
@@ -105,8 +106,53 @@ def test_the_networks_run_once_for_all_blocks_together() -> None:
     hook = dense.get_submodule("blocks.0").register_forward_pre_hook(lambda _, x: runs.append(len(x[0])))
     Blockwise(steps=20, batch_size=4).heal(student, dense, nets.images(12), HealContext(pruned=mask))
     hook.remove()
-    reports, looks = 2 * 12, len(describe(dense).blocks) - 1
+    reports, looks = 2 * 12, len(describe(dense).blocks)
     assert sum(runs) == reports + 12 + looks
+
+
+def test_layers_in_no_block_that_trains_are_named() -> None:
+    dense, student, mask = masked("vgg")  # its blocks are the poolings
+    before, images = copy.deepcopy(student.state_dict()), nets.images(8)
+    report = Blockwise(steps=2, batch_size=4).heal(student, dense, images, HealContext(pruned=mask))
+    moved = {
+        layer
+        for layer in mask.keep
+        if not torch.equal(student.get_parameter(f"{layer}.weight"), before[f"{layer}.weight"])
+    }
+    (note,) = report.notes
+    named = note.partition(":")[0].split(", ")
+    assert set(named) == set(mask.keep) - moved and named and moved
+    assert Blockwise(steps=2).heal(*_with_blocks(images)).notes == ()
+
+
+def _with_blocks(images: Tensor) -> tuple[nn.Module, nn.Module, Tensor, HealContext]:
+    dense, student, mask = masked("vit")
+    return student, dense, images, HealContext(pruned=mask)
+
+
+@pytest.mark.parametrize(
+    ("net", "kwargs", "said"),
+    [
+        (
+            "eva02_tiny_patch14_224",
+            {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 3},
+            r"blocks\.0 takes more than its input \(rope\)",
+        ),
+        (
+            "twins_svt_small",
+            {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)},
+            "patch_embeds.0 gives more than one tensor",
+        ),
+    ],
+)
+def test_a_block_that_cannot_be_trained_alone_is_refused(net: str, kwargs: dict[str, object], said: str) -> None:
+    dense = timm.create_model(net, num_classes=5, **kwargs).eval()
+    images = torch.randn(4, 3, *dense.pretrained_cfg["input_size"][1:] if "img_size" not in kwargs else (28, 28))
+    before = copy.deepcopy(dense.state_dict())
+    student = copy.deepcopy(dense)
+    with pytest.raises(ArchitectureError, match=said):
+        Blockwise(steps=1).heal(student, dense, images, HealContext(pruned=Mask({})))
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in before.items())
 
 
 def test_distillation_follows_the_teachers_answers() -> None:
