@@ -5,21 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heal.errors import ArchitectureError
-
 
 def patches(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """Columns [n, groups, d, positions] of the layer's input; d is the width of a row of its flattened weight.
 
     weight [out, d] times the columns (each group's rows with its own columns) is the output without bias.
-    Padding is in them, as zeros. Raises ArchitectureError for padding other than zeros.
+    Padding is in them, as the layer pads.
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2).unsqueeze(1)
-    if layer.padding_mode != "zeros":
-        raise ArchitectureError(f"a convolution pads by {layer.padding_mode}; patches are known for zeros only")
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    x = F.pad(x, _margins(layer, x))
+    x = F.pad(x, _margins(layer, x), "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     if kernel == (1, 1):
         columns = x[..., :: stride[0], :: stride[1]].flatten(2)
     else:
@@ -28,7 +24,7 @@ def patches(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _margins(layer: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
-    """Zeros to add: left, right, top, bottom."""
+    """Pixels to add: left, right, top, bottom."""
     if type(layer).__name__ == "Conv2dSame":  # timm's copy of TensorFlow's padding, which depends on the size
         top, bottom = _same(layer, x, 0)
         left, right = _same(layer, x, 1)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ class Budget:
         return float(getattr(self, self.unit))
 
     def kept(self, total: int) -> int:
-        """How many of `total` stay: (1 - fraction) * total, rounded half up."""
-        return math.floor((1 - self.fraction) * total + 0.5)
+        """How many of `total` stay: (1 - fraction) * total, rounded half up, with the fraction as decimals write it."""
+        return math.floor((1 - Fraction(repr(self.fraction))) * total + Fraction(1, 2))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class NOfM:
         """Weights kept in every layer that can carry the pattern."""
         pattern = NM.of(self.pattern)
         removed = 1 - pattern.n / pattern.m
-        if budget.unit != "weights" or abs(budget.fraction - removed) > 1e-9:
+        if budget.unit != "weights" or abs(budget.fraction - removed) > 1e-6:
             raise BudgetError(
                 f"budget {budget.unit} = {budget.fraction:g}: {pattern} removes {removed:g} of the weights of every "
                 f"layer; write weights: {removed:g}, or choose another pattern"

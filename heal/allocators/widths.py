@@ -89,7 +89,7 @@ def _shared(
         if scope == "global":
             counts = ranked_globally(own, shares[kind], step)
         else:
-            counts = shared_evenly({name: totals[name] for name in names}, shares[kind])
+            counts = shared_evenly({name: totals[name] for name in names}, shares[kind], step)
         found |= rounded(own, counts, step)
     return {name: found[name] for name in groups}
 
@@ -107,14 +107,22 @@ def ranked_globally(scores: Mapping[str, Tensor], kept: int, minimum: int) -> di
     return {layer: int(count) for layer, count in zip(scores, counts, strict=True)}
 
 
-def shared_evenly(totals: Mapping[str, int], kept: int) -> dict[str, int]:
-    """The same share of every layer, the exact total met by largest remainders (ties: earlier layer)."""
+def shared_evenly(totals: Mapping[str, int], kept: int, minimum: int = 0) -> dict[str, int]:
+    """The same share of every layer, the exact total met by largest remainders (ties: earlier layer).
+
+    A layer whose share is below the minimum, or all that it has, keeps that, and the others share the rest.
+    """
     everything = sum(totals.values())
     counts = {layer: total * kept // everything for layer, total in totals.items()}
     remainders = sorted(totals, key=lambda layer: -(totals[layer] * kept % everything))
     for layer in remainders[: kept - sum(counts.values())]:
         counts[layer] += 1
-    return counts
+    short = {layer: least for layer, total in totals.items() if counts[layer] < (least := min(minimum, total))}
+    if not short:
+        return counts
+    others = {layer: total for layer, total in totals.items() if layer not in short}
+    counts = short | shared_evenly(others, kept - sum(short.values()), minimum)
+    return {layer: counts[layer] for layer in totals}
 
 
 def rounded(scores: Mapping[str, Tensor], counts: Mapping[str, int], multiple: int) -> dict[str, int]:

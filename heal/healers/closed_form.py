@@ -110,6 +110,8 @@ class ClosedForm:
         if is_kept(before, after):
             return ridge(fit.everything, fit.anchor, damping), notes
         scale = float(fit.judging.yy.sum()) / fit.judging.count or 1.0
+        if before < ROUNDING * scale:
+            return fit.folded, notes
         notes.append(
             f"has its mean folded only: on held-out images the solution's error is {after / scale:.3g} of the "
             f"variance, without it {before / scale:.3g}"

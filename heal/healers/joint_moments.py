@@ -72,7 +72,7 @@ def of_dense(teacher: nn.Module, layers: tuple[str, ...], images: Replay) -> dic
     """Of the teacher's own inputs and answers, of all layers in one pass; calls of a layer are pooled.
 
     Columns, not correlations: a row of a convolution may keep corners of the kernel alone, and of their small moments
-    the latter know nothing. Raises ArchitectureError for a convolution that pads by anything but zeros.
+    the latter know nothing.
     """
     streams: dict[str, Columns] = {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import ROUND_HALF_UP, Decimal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +53,30 @@ def test_an_even_share_is_exact_and_even(totals: list[int], share: float) -> Non
 
 
 @settings(max_examples=200, deadline=None)
+@given(totals=st.lists(st.integers(1, 500), min_size=1, max_size=8), share=st.floats(0, 1), minimum=st.integers(1, 40))
+def test_an_even_share_leaves_every_layer_its_minimum(totals: list[int], share: float, minimum: int) -> None:
+    least = [min(minimum, total) for total in totals]
+    kept = max(sum(least), round(share * sum(totals)))
+    counts = list(shared_evenly({f"l{i}": total for i, total in enumerate(totals)}, kept, minimum).values())
+    assert sum(counts) == kept
+    assert all(few <= count <= total for few, count, total in zip(least, counts, totals, strict=True))
+    beyond = [(count, total) for few, count, total in zip(least, counts, totals, strict=True) if count > few]
+    rest, of = (sum(numbers) for numbers in zip((0, 0), *beyond, strict=True))
+    assert all(abs(count - total * rest / of) <= 1 + total / of * len(totals) for count, total in beyond)
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.integers(1, 40), min_size=1, max_size=6), share=st.floats(0, 1))
+def test_layers_of_an_even_share_have_multiples_but_for_one(parts: list[int], share: float) -> None:
+    totals = {f"l{i}": 8 * part for i, part in enumerate(parts)}
+    kept = max(8 * len(parts), round(share * sum(totals.values())))
+    scores = {layer: torch.arange(total).double() for layer, total in totals.items()}
+    widths = rounded(scores, shared_evenly(totals, kept, 8), 8)
+    assert sum(widths.values()) == kept
+    assert sum(width % 8 > 0 for width in widths.values()) <= 1
+
+
+@settings(max_examples=200, deadline=None)
 @given(scores=SCORES, share=st.floats(0, 1), multiple=st.integers(1, 4))
 def test_rounding_keeps_the_sum_and_leaves_one_odd_width_at_most(
     scores: list[list[int]], share: float, multiple: int
@@ -95,6 +121,13 @@ def test_the_weight_budget_is_exact_in_every_family(name: str, fraction: float) 
     allocation = Uniform().allocate(model, Budget(weights=fraction), AllocationContext())
     total = sum(model.get_parameter(f"{layer}.weight").numel() for layer in describe(model).layers)
     assert allocation.got == int((1 - fraction) * total + 0.5)
+
+
+@pytest.mark.parametrize("fraction", ["0.9", "0.7", "0.3", "0.5", "0.75", "0.001"])
+def test_what_stays_is_rounded_half_up_as_decimals_are(fraction: str) -> None:
+    for total in range(1, 400):
+        exact = ((1 - Decimal(fraction)) * total).to_integral_value(ROUND_HALF_UP)
+        assert Budget(blocks=float(fraction)).kept(total) == exact
 
 
 def test_the_preactivation_ranking_reads_the_producers_output() -> None:

@@ -147,6 +147,21 @@ def test_a_solution_that_answers_held_out_images_worse_is_refused_and_said_so() 
             torch.testing.assert_close(student.get_parameter(f"{pair.consumer}.weight"), expected)
 
 
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_nothing_is_said_of_a_consumer_that_lost_nothing(inputs: Any) -> None:
+    model, images = nets.build("resnet"), nets.images(20)
+    statistics = capture(model, images, taps(model, [GlobalVariance(), Variance(), ClosedForm()]))
+    cut = Variance().prune(
+        model,
+        GlobalVariance().allocate(model, Budget(neurons=0.0), AllocationContext(statistics=statistics)),
+        statistics,
+    )
+    student = copy.deepcopy(model)
+    report = ClosedForm(inputs=inputs).heal(student, model, images, HealContext(statistics=statistics, pruned=cut))
+    assert report.notes == ()
+    torch.testing.assert_close(student(images), model(images), rtol=1e-3, atol=1e-3)
+
+
 def test_the_denoised_moment_takes_the_samples_place() -> None:
     model, images = nets.build("vit"), nets.images(64)
     healer = ClosedForm(moment="denoised", damping=1e-2)

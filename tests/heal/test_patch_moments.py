@@ -25,15 +25,20 @@ CONVOLUTIONS = {
     "dilated": lambda: nn.Conv2d(6, 4, 3, padding=2, dilation=2),
     "oblong": lambda: nn.Conv2d(6, 4, (1, 5), padding=(0, 2)),
     "same": lambda: nn.Conv2d(6, 4, 3, padding="same"),
+    "circular": lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, padding_mode="circular"),
+    "replicating": lambda: nn.Conv2d(6, 4, (1, 5), padding=(0, 2), padding_mode="replicate"),
     "tensorflow": lambda: timm.layers.Conv2dSame(6, 4, 3, stride=2),
 }
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
+LARGER_THAN_PADDING = {"reflecting": lambda: nn.Conv2d(6, 4, 3, padding=2, padding_mode="reflect")}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS | LARGER_THAN_PADDING)
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 def test_weight_times_patches_is_the_convolution(kind: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    layer, x = CONVOLUTIONS[kind](), torch.randn(2, 6, *size)
+    layer, x = (CONVOLUTIONS | LARGER_THAN_PADDING)[kind](), torch.randn(2, 6, *size)
     columns = patches(layer, x)
     weight = layer.weight.reshape(layer.groups, -1, columns.shape[2])
     product = torch.einsum("god,ngdp->ngop", weight, columns).flatten(1, 2)

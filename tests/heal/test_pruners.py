@@ -196,6 +196,9 @@ def test_a_budget_that_is_not_the_patterns_is_refused() -> None:
     model, context = nets.build("vit"), AllocationContext()
     with pytest.raises(BudgetError, match=r"2:4 removes 0.5 .*write weights: 0.5"):
         NOfM().allocate(model, Budget(weights=0.6), context)
+    with pytest.raises(BudgetError, match=r"1:3 removes 0.666667 .*write weights: 0.666667"):
+        NOfM("1:3").allocate(model, Budget(weights=0.6), context)
+    assert NOfM("1:3", include=("stem",)).allocate(model, Budget(weights=0.666667), context).got
     with pytest.raises(BudgetError, match="is not two numbers"):
         NOfM("two of four")
     with pytest.raises(BudgetError, match="needs 0 < N < M"):

@@ -213,6 +213,14 @@ def test_every_tenth_image_is_held_out(as_given: Callable[[Tensor], object]) -> 
     assert judging == [0, 10, 20] and fitted == [n for n in range(22) if n % 10]
 
 
+def test_a_stream_that_shuffles_holds_nothing_out() -> None:
+    torch.manual_seed(0)
+    images = list(nets.images(40))
+    loader = torch.utils.data.DataLoader(images, batch_size=8, shuffle=True)  # type: ignore[arg-type]
+    with pytest.raises(ImagesError, match="no image can be held out; pass shuffle=False"):
+        split(loader, 40, 8)
+
+
 def test_a_repair_stays_where_held_out_images_are_no_worse() -> None:
     assert is_kept(1.0, 1.0) and is_kept(1.0, 0.5) and not is_kept(1.0, 1.1) and not is_kept(1.0, float("nan"))
     with pytest.raises(ImagesError, match="none is left to fit"):
