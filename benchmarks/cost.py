@@ -28,7 +28,6 @@ from torch import nn
 
 from heal import cost
 from heal.allocators.uniform import Uniform
-from heal.attention import TrainedWrittenOut
 from heal.compat import timm
 from heal.families.lookup import describe
 from heal.healers.blockwise import Blockwise
@@ -36,7 +35,7 @@ from heal.healers.closed_form import ClosedForm
 from heal.healers.starfish import Starfish
 from heal.images import Replay
 from heal.method import AllocationContext, HealContext, taps
-from heal.modes import evaluating, training_only
+from heal.modes import evaluating, training_only, without_fused_attention
 from heal.pruned import apply
 from heal.pruners.obs import Obs
 from heal.states import TeacherStates, block_outputs, cosine, rows
@@ -165,7 +164,7 @@ def _written_out(model: nn.Module) -> str:
         student.zero_grad(set_to_none=True)
 
     def written_out() -> None:
-        with TrainedWrittenOut():
+        with without_fused_attention(student):
             step()
 
     with training_only(student, names):

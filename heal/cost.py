@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from heal.errors import ImagesError, InputError
-from heal.families.narrow_attention import NarrowAttention
-from heal.modes import evaluating, listening
+from heal.modes import evaluating, listening, without_fused_attention
 
 
 def parameters(model: nn.Module) -> int:
@@ -37,9 +36,10 @@ def macs(model: nn.Module, input_size: Sequence[int]) -> int:
     like = next(model.parameters())
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
     counter = FlopCounterMode(display=False)
-    # Fused attention has no formula on every device; the plain one is two matrix products anywhere.
+    # Fused attention has no formula on every device, and a NarrowAttention fills up with zeros what such a kernel wants
+    # as wide as the rest; written out it is two matrix products anywhere.
     sdpa = sdpa_kernel(SDPBackend.MATH)
-    with evaluating(model), torch.no_grad(), sdpa, _without_fused_encoder(), _without_fused_attention(model), counter:
+    with evaluating(model), torch.no_grad(), sdpa, _without_fused_encoder(), without_fused_attention(model), counter:
         model(image)
     return int(counter.get_total_flops()) // 2
 
@@ -119,19 +119,6 @@ def _wait(device: torch.device) -> None:
 def _summary(seconds: list[float]) -> Latency:
     low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
     return Latency(median=float(median), low=float(low), high=float(high), runs=len(seconds))
-
-
-@contextmanager
-def _without_fused_attention(model: nn.Module) -> Iterator[None]:
-    """A NarrowAttention fills up what its fused kernel wants as wide as the rest; zeros of a kernel are no MACs."""
-    narrow = [module for module in model.modules() if isinstance(module, NarrowAttention) and module.fused_attn]
-    for module in narrow:
-        module.fused_attn = False
-    try:
-        yield
-    finally:
-        for module in narrow:
-            module.fused_attn = True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,24 @@ def normalising_by_batch(model: nn.Module, moving: bool) -> Iterator[nn.Module]:
     finally:
         for norm, training, tracking in before:
             norm.training, norm.track_running_stats = training, tracking
+
+
+@contextmanager
+def without_fused_attention(model: nn.Module, longest: float = math.inf) -> Iterator[nn.Module]:
+    """Attention of at most `longest` tokens as two products and a softmax, in the modules whose `fused_attn` is on."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> None:
+        module.fused_attn = bool(args) and args[0].shape[-2] > longest  # type: ignore[assignment]
+
+    handles = [module.register_forward_pre_hook(choose) for module in fused]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in fused:
+            module.fused_attn = True  # type: ignore[assignment]
 
 
 @contextmanager

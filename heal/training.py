@@ -10,22 +10,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from heal.attention import TrainedWrittenOut
 from heal.checkpoint import Checkpoint
 from heal.errors import MethodError, NumericalError
 from heal.families.discovery import batch_norms
 from heal.mask_policies import Fixed, MaskPolicy
 from heal.method import HealContext
-from heal.modes import evaluating, normalising_by_batch, training_only
+from heal.modes import evaluating, normalising_by_batch, training_only, without_fused_attention
 
 Precision = Literal["float32", "bfloat16"]
+
+LONGEST = 300
+"""Tokens; the weights of attention, which a fused kernel never holds, take memory by their square."""
 
 Batch = TypeVar("Batch")
 Given = TypeVar("Given", covariant=True)
@@ -159,7 +161,13 @@ def fit(student: nn.Module, training: Training[Batch], context: HealContext) -> 
     steps = schedule.epochs * batches
     checkpoint = _checkpoint(student, training, steps, optimiser, context)
     losses = checkpoint.restore()
-    with evaluating(student), training_only(student, frozenset(training.trainable)), _norms(student, training):
+    trainable = frozenset(training.trainable)
+    with (
+        evaluating(student),
+        training_only(student, trainable),
+        _norms(student, training),
+        _attention(student, schedule),
+    ):
         while not schedule.is_over(losses, steps):
             epoch, first = divmod(len(losses), batches)
             for index, batch in enumerate(training.batches(epoch).starting_at(first), start=first):
@@ -177,7 +185,7 @@ def _descend(training: Training[Batch], optimiser: torch.optim.Optimizer, step: 
     """One step; its loss."""
     device = next(iter(training.trainable.values())).device
     with training.masks.masked(training.trainable):
-        with _in(training.schedule.precision, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.schedule.precision == "bfloat16"):
             value = training.loss(step, batch)
         loss = _finite(value, training, step.number)
         value.backward()  # type: ignore[no-untyped-call]
@@ -185,15 +193,6 @@ def _descend(training: Training[Batch], optimiser: torch.optim.Optimizer, step: 
     optimiser.zero_grad(set_to_none=True)
     training.masks.settle(training.trainable)
     return loss
-
-
-@contextmanager
-def _in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """What a step computes in."""
-    lower = precision == "bfloat16"
-    attention = TrainedWrittenOut() if lower and device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16, enabled=lower), attention:
-        yield
 
 
 def _finite(value: Tensor, training: Training[Batch], step: int) -> float:
@@ -226,6 +225,13 @@ def _checkpoint(
 
 def _norms(student: nn.Module, training: Training[Batch]) -> AbstractContextManager[object]:
     return normalising_by_batch(student, moving=True) if training.norms == "batch" else nullcontext()
+
+
+def _attention(student: nn.Module, schedule: Schedule) -> AbstractContextManager[object]:
+    """A CPU's fused kernel is slow backwards in bfloat16, the more so the shorter the sequence (benchmarks/cost.py)."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in student.parameters())
+    slow = on_cpu and schedule.precision == "bfloat16"
+    return without_fused_attention(student, LONGEST) if slow else nullcontext()
 
 
 def _groups(trainable: Mapping[str, nn.Parameter], factors: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from heal.attention import weights
 
 
 class NarrowAttention(nn.Module):
@@ -42,7 +41,8 @@ class NarrowAttention(nn.Module):
             dropout = self.attn_drop.p if self.training else 0.0
             x = _fused(q, k, v, attn_mask, dropout, is_causal, self.scale)
         else:
-            x = self.attn_drop(weights(q, k, attn_mask, is_causal, self.scale)) @ v
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            x = self.attn_drop(_masked(scores, attn_mask, is_causal).softmax(dim=-1)) @ v
         output: Tensor = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
         return output
 
@@ -63,3 +63,11 @@ def _fused(
 
 def _widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

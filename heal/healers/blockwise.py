@@ -22,7 +22,7 @@ from heal.mask_policies import Fixed
 from heal.method import HealContext, HealingReport
 from heal.modes import evaluating
 from heal.progress import quiet
-from heal.pruned import goals, kept
+from heal.pruned import goals, kept, listed
 from heal.states import alignment
 from heal.training import Schedule, Step, Training, fit
 from heal.values import ChannelCut, Mask
@@ -54,11 +54,11 @@ class Blockwise:
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Train the student's blocks in place, in their order. The report's losses are block after block."""
         began = time.perf_counter()
+        asked = goals(teacher, context.pruned)
+        _refuse_more_inputs(teacher, [*asked, *asked.values()], first(images, 1, 1)[0])
         before = alignment(student, teacher, images, context.pruned)
         batches, losses, pairs = numbered(images, self.batch_size), list[float](), None
         layout, stay = describe(teacher).states, kept(teacher, context.pruned, "blocks")
-        asked = goals(teacher, context.pruned)
-        _refuse_company(teacher, [*asked, *asked.values()], first(images, 1, 1)[0])
         notes = _untrained(student, context.pruned, [block for block in asked if _parameters(student, block)])
         for note in notes:
             context.log(f"blockwise: {note}")
@@ -98,18 +98,16 @@ def _untrained(student: nn.Module, pruned: Mask | ChannelCut, trained: list[str]
     layers = pruned.keep if isinstance(pruned, Mask) else describe(student).layers
     inside = tuple(f"{block}." for block in trained)
     outside = [layer for layer in layers if not f"{layer}.".startswith(inside)]
-    return (f"{', '.join(outside)}: in no block that trains, so as before",) if outside else ()
+    return (f"not trained, as outside of the blocks: {listed(outside)}",) if outside else ()
 
 
-def _refuse_company(teacher: nn.Module, blocks: list[str], image: Tensor) -> None:
+def _refuse_more_inputs(teacher: nn.Module, blocks: list[str], image: Tensor) -> None:
     """Raise ArchitectureError where a block takes more than a tensor, or gives anything else: it trains alone here."""
 
     def check(block: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            beside = [
-                *map(str, range(1, len(args))),
-                *(name for name, value in kwargs.items() if value is not None and value is not False),
-            ]
+            named = {**{str(at): value for at, value in enumerate(args[1:], start=1)}, **kwargs}
+            beside = [name for name, value in named.items() if value is not None and value is not False]
             if beside or not isinstance(output, Tensor):
                 what = f"takes more than its input ({', '.join(beside)})" if beside else "gives more than one tensor"
                 raise ArchitectureError(

@@ -27,7 +27,7 @@ from heal.channels import columns, consumed, second_moment
 from heal.denoising import denoised
 from heal.errors import MethodError
 from heal.families.lookup import cuttable_or_raise
-from heal.healers.held_out import is_kept, split
+from heal.healers.held_out import is_kept, refuse_shuffled, split
 from heal.healers.joint_moments import Joint, of_dense, of_pair
 from heal.healers.layer_batches import Site
 from heal.healers.matching import BATCH
@@ -110,8 +110,8 @@ class ClosedForm:
         if is_kept(before, after):
             return ridge(fit.everything, fit.anchor, damping), notes
         scale = float(fit.judging.yy.sum()) / fit.judging.count or 1.0
-        if before < ROUNDING * scale:
-            return fit.folded, notes
+        if before < ROUNDING * scale:  # nothing was lost, and what is left is rounding
+            return fit.folded, []
         notes.append(
             f"has its mean folded only: on held-out images the solution's error is {after / scale:.3g} of the "
             f"variance, without it {before / scale:.3g}"
@@ -123,6 +123,7 @@ class ClosedForm:
     ) -> Iterator[tuple[CutSite, Fit]]:
         parts = split(images, ALL, BATCH)
         if self.inputs == "pruned":
+            refuse_shuffled(images)
             for site in sites:
                 yield site, _sequential(student, teacher, site, parts)
             return

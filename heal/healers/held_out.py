@@ -23,15 +23,13 @@ def is_held_out(numbers: Tensor) -> Tensor:
 def split(images: Images, most: int, batch_size: int) -> tuple[Replay, Replay]:
     """The first `most` images in two parts, those to fit on and those that are held out, each in batches in order.
 
-    Nothing is held in memory. Raises ImagesError unless there are two images at least, and where a stream gives others
-    each time: what is held out in one pass would be fitted in the next.
+    Nothing is held in memory. Raises ImagesError unless there are two images at least.
     """
     if is_array(images):
         numbers = torch.arange(min(int(images.shape[0]), most))
         held = is_held_out(numbers)
         parts = tuple(Replay(images, batch_size, numbers[held == wanted]) for wanted in (False, True))
     else:
-        _refuse_shuffled(Replay(images, batch_size))
         streams = (_Part(Replay(images, batch_size), most, is_held=wanted) for wanted in (False, True))
         parts = tuple(Replay(stream, batch_size) for stream in streams)
     fitted, judging = parts
@@ -40,9 +38,10 @@ def split(images: Images, most: int, batch_size: int) -> tuple[Replay, Replay]:
     return fitted, judging
 
 
-def _refuse_shuffled(batches: Replay) -> None:
-    once, again = (next(iter(batches), torch.empty(0)) for _ in range(2))
-    if not torch.equal(once, again):
+def refuse_shuffled(images: Images) -> None:
+    """Raise ImagesError where the first batch is another one each time: what one pass holds out the next would fit."""
+    once, again = (next(iter(Replay(images, 1))) for _ in range(2))
+    if once.shape != again.shape or not torch.allclose(once, again, 0, 0, equal_nan=True):
         raise ImagesError(
             "images: the first batch is another one each time, so that no image can be held out; pass shuffle=False "
             "and no augmentation, or one tensor"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from heal.errors import MethodError, NumericalError
-from heal.healers.held_out import is_kept, split
+from heal.healers.held_out import is_kept, refuse_shuffled, split
 from heal.healers.joint_moments import Joint, bytes_of, of_dense, of_pair
 from heal.healers.layer_batches import Site
 from heal.healers.masked_rows import operations, solved
@@ -81,6 +81,7 @@ class LeastSquares:
     def _repair(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> tuple[str, ...]:
         assert isinstance(context.pruned, Mask)
         keep, parts = context.pruned.keep, split(images, self.images, BATCH)
+        refuse_shuffled(images)
         wiring = trace(teacher, keep, first(images, 1, 1)[0])
         notes = self._left(keep, wiring)
         layers = [layer for layer in wiring.order if layer not in notes]
@@ -98,7 +99,8 @@ class LeastSquares:
         called = set(wiring.order)
         notes = {layer: "its weight is read without calling it" for layer in keep if layer not in called}
         if self.inputs == "pruned":
-            notes |= dict.fromkeys(wiring.repeated, "it runs several times, and this would see the first")
+            several = [layer for layer in wiring.order if layer in wiring.repeated]
+            notes |= dict.fromkeys(several, "it runs several times, and this would see the first")
         for layer in wiring.order:
             needed = operations(keep[layer])
             if needed > self.most:

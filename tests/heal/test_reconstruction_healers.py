@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import heal
 from heal import masking
 from heal.errors import ImagesError, MethodError, NumericalError
 from heal.healers import joint_moments, least_squares, masked_rows
-from heal.healers.held_out import is_kept, split
+from heal.healers.closed_form import ClosedForm
+from heal.healers.held_out import is_kept, refuse_shuffled, split
 from heal.healers.least_squares import LeastSquares
 from heal.healers.variance_matching import VarianceMatching
-from heal.method import HealContext
+from heal.method import HealContext, Healer
 from heal.values import NM, Mask
 from tests.heal import nets
 from tests.heal.test_training import masked
@@ -213,12 +215,26 @@ def test_every_tenth_image_is_held_out(as_given: Callable[[Tensor], object]) -> 
     assert judging == [0, 10, 20] and fitted == [n for n in range(22) if n % 10]
 
 
-def test_a_stream_that_shuffles_holds_nothing_out() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("healer", [LeastSquares(), LeastSquares(inputs="dense"), ClosedForm(inputs="pruned")])
+def test_a_stream_that_shuffles_is_refused_where_two_passes_hold_the_same_out(healer: Healer) -> None:
     images = list(nets.images(40))
-    loader = torch.utils.data.DataLoader(images, batch_size=8, shuffle=True)  # type: ignore[arg-type]
+    shuffling, steady = (DataLoader(images, batch_size=8, shuffle=shuffle) for shuffle in (True, False))  # type: ignore[arg-type]
+    cut = isinstance(healer, ClosedForm)
+    methods = ("global_variance", "variance") if cut else ("uniform", "magnitude")
+    budget, model = heal.Budget(neurons=0.5) if cut else heal.Budget(weights=0.5), nets.build("vit")
     with pytest.raises(ImagesError, match="no image can be held out; pass shuffle=False"):
-        split(loader, 40, 8)
+        heal.recompress(model, shuffling, budget, *methods, [healer])
+    heal.recompress(model, steady, budget, *methods, [healer])
+
+
+def test_closed_form_on_dense_inputs_takes_images_in_any_order() -> None:
+    images = list(nets.images(40))
+    loader = DataLoader(images, batch_size=8, shuffle=True)  # type: ignore[arg-type]
+    heal.recompress(nets.build("vit"), loader, heal.Budget(neurons=0.5), "global_variance", "variance", ["closed_form"])
+
+
+def test_what_is_no_number_does_not_count_as_shuffled() -> None:
+    refuse_shuffled(DataLoader(nets.images(4) * torch.nan, batch_size=2))  # type: ignore[arg-type]
 
 
 def test_a_repair_stays_where_held_out_images_are_no_worse() -> None:
