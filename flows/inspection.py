@@ -14,6 +14,7 @@ from flows.screen import Screen
 from heal.errors import InputError
 from tasks import params as parameters
 from tasks import plan, resolve, state
+from tasks.addresses import public
 from tasks.store import Store
 
 if TYPE_CHECKING:
@@ -77,12 +78,12 @@ def history(name: str | None, output_json: bool) -> int:
 
 def doctor() -> int:
     """Close the MLflow runs of dead processes, and say what is there."""
-    from tasks import mlflow_store, registry, tracking
+    from tasks import registry, tracking
 
     screen = Screen("plain")
     screen.say(f"state    {state.home()}")
     screen.say(f"store    {Store().url}")
-    screen.say(f"registry {mlflow_store.public(registry.tracking_uri())}")
+    screen.say(f"registry {public(registry.tracking_uri())}")
     for run in tracking.close_dead_runs():
         screen.say(f"closed   run {run.run_id}: its process {run.pid} is gone")
     for work in sorted((state.home() / "work").glob("*/checkpoints")):
@@ -97,7 +98,7 @@ def ui(port: int) -> int:
 
     uri = registry.tracking_uri()
     if uri.startswith("http"):
-        sys.stdout.write(f"a server has the registry: open {mlflow_store.public(uri)}\n")
+        sys.stdout.write(f"a server has the registry: open {public(uri)}\n")
         return 0
     _refuse_taken(port)
     mlflow_store.ready(uri)
@@ -129,7 +130,7 @@ def collect_garbage(keep_runs: int, dry_run: bool) -> int:
     uri = registry.tracking_uri()
     if "REGROW_STORE" in os.environ and not mlflow_store.exists(uri):
         raise InputError(
-            f"there is no registry at {mlflow_store.public(uri)} that says which artifacts of {Store().url} must stay; "
+            f"there is no registry at {public(uri)} that says which artifacts of {Store().url} must stay; "
             "set MLFLOW_TRACKING_URI or REGROW_HOME to the one that runs with this store use"
         )
     freed = gc(Store(), registry.referenced_artifacts(), keep_runs, dry_run=dry_run)

@@ -8,22 +8,25 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks import mlflow_store, state
-from tasks.mlflow_store import RegistryError, tracking_uri
+from tasks.addresses import public
+from tasks.mlflow_store import RegistryError, UnreachableError, tracking_uri
 
 mlflow_store.silence()  # before the import: MLflow reads the environment once
 
 import mlflow.pyfunc  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException as MlflowException  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.types import Schema, TensorSpec  # noqa: E402
 
@@ -31,8 +34,16 @@ SERVED = Path(__file__).with_name("served_model.py")
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 
 
+class AnswerError(RegistryError):
+    """What MLflow refused; code is its own name for the reason."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def client() -> MlflowClient:
-    """MLflow's client for the tracking address, its store made ready."""
+    """MLflow's client for the tracking address, its store made ready. Its calls raise what `in_our_words` does."""
     uri = tracking_uri()
     if mlflow.get_tracking_uri() != uri:
         before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -41,7 +52,7 @@ def client() -> MlflowClient:
         if before is None:
             del os.environ["MLFLOW_TRACKING_URI"]
     experiment()
-    return MlflowClient(uri)
+    return cast(MlflowClient, _Client(uri))
 
 
 def experiment() -> str:
@@ -83,7 +94,7 @@ def log_model(bundle: Path, run_id: str, example: NDArray[np.float32], allow_ada
     )
     # Made here, as MLflow would put it into an experiment of its own, with files in the working directory.
     model = client().create_logged_model(experiment(), name="model", source_run_id=run_id)
-    with serving.own_modules():
+    with serving.own_modules(), in_our_words():
         Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
@@ -104,7 +115,7 @@ def predict(uri: str, images: NDArray[np.float32] | None = None) -> NDArray[np.f
     """Load `uri` as a server would: the logits of `images`, or of the version's own input example."""
     from tasks import serving
 
-    with tempfile.TemporaryDirectory() as folder, serving.own_modules():
+    with tempfile.TemporaryDirectory() as folder, serving.own_modules(), in_our_words():
         model = mlflow.pyfunc.load_model(uri, dst_path=folder)
         logits: NDArray[np.float32] = model.predict(model.input_example if images is None else images)
         return logits
@@ -112,22 +123,55 @@ def predict(uri: str, images: NDArray[np.float32] | None = None) -> NDArray[np.f
 
 def download(uri: str, folder: Path) -> Path:
     """Fetch the files below `uri` into `folder`; where they lie."""
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+    with in_our_words():
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+
+
+class _Client:
+    """MLflow's client, each call `in_our_words`."""
+
+    def __init__(self, uri: str) -> None:
+        with in_our_words():
+            self._client = MlflowClient(uri)
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            with in_our_words():
+                return call(*args, **kwargs)
+
+        return asked
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What MLflow raises repeats the address it asked, with user and password.
+
+    Raises AnswerError, or UnreachableError where the server failed and not the question.
+    """
+    try:
+        yield
+    except MlflowException as error:
+        said = f"MLflow at {public(tracking_uri())}: {public(str(error.message))}"
+        if error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+            raise UnreachableError(said) from None
+        raise AnswerError(said, error.error_code) from None
 
 
 @cache
 def _experiment(uri: str, name: str) -> str:
     """Found or made by one process at a time, as the first to open a store also writes its first rows."""
     mlflow_store.ready(uri)
-    opened = MlflowClient(uri)
+    opened = _Client(uri)
     with mlflow_store.locked(state.home() / "locks" / "experiments.lock"):
         found = opened.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         try:
             return str(opened.create_experiment(name, mlflow_store.artifact_location(uri)))
-        except MlflowException as error:  # another host was faster
+        except AnswerError as error:  # another host was faster
             found = opened.get_experiment_by_name(name)
             if found is None:
-                raise RegistryError(f"the experiment {name!r} cannot be made: {error.message}") from error
+                raise RegistryError(f"the experiment {name!r} cannot be made: {error}") from error
             return str(found.experiment_id)

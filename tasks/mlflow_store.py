@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import ssl
 import subprocess
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from heal.errors import HealError, InputError
 from tasks import state
+from tasks.addresses import public
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -103,11 +103,6 @@ def locked(path: Path, seconds: float = 600) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def public(uri: str) -> str:
-    """An address without the user and password in it, for messages."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def _database(uri: str) -> Path | None:

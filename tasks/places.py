@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks import atomic, manifest
+from tasks.addresses import public
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Remote:
         # Imported here: a local store needs neither.
         from fsspec.core import url_to_fs
 
-        self.url = url
+        self.url = public(url)
         self.local: Path | None = None
         self.errors: tuple[type[Exception], ...] = _errors(url)
         # Without its cache of listings: other machines write into the same bucket.

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks import ledger, liveness, mlflow_client, mlflow_store, state
-from tasks.mlflow_client import MlflowException, client
+from tasks.addresses import public
+from tasks.mlflow_client import AnswerError, client
 from tasks.mlflow_store import RegistryError as RegistryError
 from tasks.mlflow_store import tracking_uri as tracking_uri
 
@@ -66,7 +67,7 @@ def version_of(uri: str) -> Version:
     number = parts["version"] or held[parts["alias"]]
     try:
         found = client().get_model_version(name, number)
-    except MlflowException as error:
+    except AnswerError as error:
         _unless_missing(error)
         _missing("version", number, [str(known.version) for known in _all_versions(name)], f"model {name}")
     if found.tags.get(COMPLETE) != "true" or DIGEST not in found.tags:
@@ -79,7 +80,7 @@ def aliases(name: str) -> dict[str, str]:
     mlflow_store.require(tracking_uri())
     try:
         held = client().get_registered_model(name).aliases
-    except MlflowException as error:
+    except AnswerError as error:
         _unless_missing(error)
         _missing("model", name, [model.name for model in client().search_registered_models(max_results=1000)], "it")
     # A database gives numbers, a server strings.
@@ -230,9 +231,9 @@ def _run(run_id: str | None, name: str) -> Iterator[str]:
 def _new_version(name: str, model_id: str, run: str, tags: Mapping[str, str], description: str) -> Version:
     try:
         client().create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise RegistryError(f"the model {name!r} cannot be made: {error.message}") from error
+    except AnswerError as error:
+        if error.code != "RESOURCE_ALREADY_EXISTS":
+            raise RegistryError(f"the model {name!r} cannot be made: {error}") from error
     made = client().create_model_version(
         name, f"models:/{model_id}", run, tags=dict(tags), model_id=model_id, description=description or None
     )
@@ -281,8 +282,8 @@ def _version(found: ModelVersion) -> Version:
     return Version(found.name, number, f"models:/{found.name}/{number}", digest, dict(found.tags))
 
 
-def _unless_missing(error: MlflowException) -> None:
-    if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+def _unless_missing(error: AnswerError) -> None:
+    if error.code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
         raise error
 
 
@@ -291,5 +292,5 @@ def _missing(kind: str, wanted: str, known: Collection[str], owner: str) -> NoRe
     hint = f"did you mean {near[0]}?" if near else "register one first" if not known else "name one of these"
     listed = ", ".join(sorted(known)) or "none"
     raise RegistryError(
-        f"the registry {mlflow_store.public(tracking_uri())} has no {kind} {wanted!r} ({owner} has: {listed}); {hint}"
+        f"the registry {public(tracking_uri())} has no {kind} {wanted!r} ({owner} has: {listed}); {hint}"
     )

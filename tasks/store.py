@@ -18,6 +18,7 @@ from pathlib import Path
 
 from heal.errors import InputError
 from tasks import manifest, state
+from tasks.addresses import public
 from tasks.manifest import DamagedError, File, Manifest, Record
 from tasks.places import Place, place
 
@@ -145,7 +146,8 @@ class Store:
             yield
         except self.place.errors as error:
             raise StoreError(
-                f"cannot read from the store {self.url}: {error}; check its address (REGROW_STORE) and your rights"
+                f"cannot read from the store {self.url}: {public(str(error))}; "
+                "check its address (REGROW_STORE) and your rights"
             ) from error
 
     @contextmanager
@@ -155,7 +157,7 @@ class Store:
             yield
         except self.place.errors as error:
             raise StoreError(
-                f"cannot write to the store {self.url}: {error}; free space (regrow store gc), "
+                f"cannot write to the store {self.url}: {public(str(error))}; free space (regrow store gc), "
                 "check your rights, or name another one in REGROW_STORE"
             ) from error
 
@@ -216,7 +218,8 @@ def _opened(url: str) -> Place:
         return place(url)
     except (ValueError, ImportError, OSError) as error:
         raise StoreError(
-            f"REGROW_STORE = {url!r} cannot be opened: {error}; give a folder or a URL such as s3://bucket/prefix"
+            public(f"REGROW_STORE = {url!r} cannot be opened: {error}")
+            + "; give a folder or a URL such as s3://bucket/prefix"
         ) from error
 
 
