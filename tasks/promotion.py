@@ -182,14 +182,15 @@ def promote(
 ) -> Move:
     """Make a judged version the champion, if the champion is still `expect`, the one that the gate saw.
 
-    Then load models:/NAME@champion as a server would and predict on `images_example` (None: on the
-    version's own); if that fails, every alias goes back. Raises ChampionMovedError, PromotionError.
+    It is loaded as a server would and predicts on `images_example` (None: on the version's own) before it moves, as
+    this process may be killed, and as models:/NAME@champion after; if that fails, every alias goes back. Raises
+    ChampionMovedError, PromotionError.
     """
     if not verdict.passed:
         raise PromotionError(f"version {version} of {name} did not pass the gate; it is not promoted\n{verdict}")
     with registry.lock(name):
-        registry.version_of(f"models:/{name}/{version}")
-        held = registry.aliases(name)
+        _check_before(name, version, images_example)
+        held = registry.aliases(name)  # at the last moment: another state folder does not share the lock
         if held.get(CHAMPION) != expect:
             raise ChampionMovedError(
                 f"the champion of {name} is version {held.get(CHAMPION)} now, the gate compared with {expect}; "
@@ -197,7 +198,7 @@ def promote(
             )
         with _moved_back_on_failure(name, held, version):
             move = _crown(name, held, version, "passed the gate", verdict.digest)
-            _check_serves(name, images_example)
+            _check_serves(f"models:/{name}@{CHAMPION}", images_example)
             _remember(name, version, verdict, expect)
         if held.get(CHALLENGER) == version:
             _point(name, CHALLENGER, None, "is the champion now")
@@ -210,11 +211,12 @@ def rollback(name: str, to: str | None = None) -> Move:
     Raises RegistryError when there is nothing to go back to, PromotionError when it does not serve.
     """
     with registry.lock(name):
+        target = _target(name, registry.aliases(name), to)
+        _check_before(name, target, None)
         held = registry.aliases(name)
-        target = _target(name, held, to)
         with _moved_back_on_failure(name, held, target):
             move = _crown(name, held, target, "rolled back")
-            _check_serves(name, None)
+            _check_serves(f"models:/{name}@{CHAMPION}", None)
         if held.get(CHAMPION) is not None:
             registry.set_tag(name, held[CHAMPION], REMOVED, move.when)
     return move
@@ -274,8 +276,18 @@ def _moved_back_on_failure(name: str, held: dict[str, str], version: str) -> Ite
         raise
 
 
-def _check_serves(name: str, images: NDArray[np.float32] | None) -> None:
-    logits = mlflow_client.predict(f"models:/{name}@{CHAMPION}", images)
+def _check_before(name: str, version: str, images: NDArray[np.float32] | None) -> None:
+    registry.version_of(f"models:/{name}/{version}")
+    try:
+        _check_serves(f"models:/{name}/{version}", images)
+    except Exception as error:
+        raise PromotionError(
+            f"version {version} of {name} does not serve ({type(error).__name__}: {error}); nothing was moved"
+        ) from error
+
+
+def _check_serves(uri: str, images: NDArray[np.float32] | None) -> None:
+    logits = mlflow_client.predict(uri, images)
     if logits.ndim != 2 or not np.isfinite(logits).all():
         raise PromotionError(f"it answers {list(logits.shape)}, finite: {bool(np.isfinite(logits).all())}")
 

@@ -164,6 +164,7 @@ def register_dense(bundle: Path, name: str, allow_adapters: Collection[str] = ()
     marks = {"regrow.role": "dense"}
     version = register(bundle, name, tags=marks, allow_adapters=allow_adapters, description="The dense model.")
     with lock(name):
+        refuse_other_dense(name, version.digest)
         held = aliases(name)
         for alias in (DENSE, CHAMPION) if CHAMPION not in held else (DENSE,):
             if held.get(alias) != version.version:

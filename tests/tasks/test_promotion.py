@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tasks import ledger, mlflow_client, promotion, registry, state
@@ -152,15 +154,56 @@ def test_of_two_promotions_at_once_one_is_refused(registered: dict[str, str]) ->
     assert sorted(outcomes) == [f"promoted {registry.aliases(NAME)['champion']}", "refused"]
 
 
+def test_a_champion_that_moves_while_the_version_is_tried_stays(
+    registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another machine: it has another state folder, so it does not wait for the lock."""
+    real = mlflow_client.predict
+
+    def meanwhile(uri: str, images: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        registry.set_alias(NAME, "champion", "3")
+        return real(uri, images)
+
+    monkeypatch.setattr(mlflow_client, "predict", meanwhile)
+    with pytest.raises(ChampionMovedError, match="is version 3 now, the gate compared with 1"):
+        promotion.promote(NAME, "2", PASSED, expect="1")
+    assert registry.aliases(NAME)["champion"] == "3"
+
+
 def test_a_rejected_version_cannot_be_promoted(registered: dict[str, str]) -> None:
     with pytest.raises(PromotionError, match="did not pass the gate"):
         promotion.promote(NAME, "2", REJECTED, expect="1")
 
 
-def test_a_version_that_does_not_load_is_moved_back(registered: dict[str, str]) -> None:
+def test_a_version_that_does_not_load_is_not_moved(registered: dict[str, str]) -> None:
+    promotion.promote(NAME, "3", PASSED, expect="1")
+    before, written = registry.aliases(NAME), moves()
+    damage("2")
+    with pytest.raises(PromotionError, match=r"version 2 of tiny-vit does not serve.*nothing was moved"):
+        promotion.promote(NAME, "2", PASSED, expect="3")
+    assert registry.aliases(NAME) == before and moves() == written
+
+
+def fails_by_its_alias(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], NDArray[np.float32]]) -> None:
+    """From now on what serves answers so; versions answer as they are."""
+    real = mlflow_client.predict
+
+    def predict(uri: str, images: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        return answer() if uri.endswith("@champion") else real(uri, images)
+
+    monkeypatch.setattr(mlflow_client, "predict", predict)
+
+
+def not_finite() -> NDArray[np.float32]:
+    return np.full((1, 10), np.nan, np.float32)
+
+
+def test_a_champion_that_does_not_serve_is_moved_back(
+    registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     promotion.promote(NAME, "3", PASSED, expect="1")
     before = registry.aliases(NAME)
-    damage("2")
+    fails_by_its_alias(monkeypatch, not_finite)
     with pytest.raises(PromotionError, match=r"version 2 of tiny-vit does not serve.*champion is version 3 again"):
         promotion.promote(NAME, "2", PASSED, expect="3")
     assert registry.aliases(NAME) == before == {"dense": "1", "champion": "3", "previous": "1"}
@@ -173,20 +216,21 @@ def test_a_version_that_does_not_load_is_moved_back(registered: dict[str, str]) 
     assert "version 2 failed: " in ledger.moves(NAME)[-1].reason
 
 
-def test_an_answer_that_is_not_finite_is_moved_back(
+def test_an_answer_that_is_not_finite_moves_nothing(
     registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_client, "predict", lambda uri, images: np.full((1, 10), np.nan, np.float32))
+    monkeypatch.setattr(mlflow_client, "predict", lambda uri, images: not_finite())
     with pytest.raises(PromotionError, match="finite: False"):
         promotion.promote(NAME, "2", PASSED, expect="1")
     assert registry.aliases(NAME) == {"dense": "1", "champion": "1"}
 
 
 def test_an_interrupted_check_is_moved_back(registered: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(uri: str, images: object) -> None:
+    def interrupted() -> NDArray[np.float32]:
+        assert registry.aliases(NAME)["champion"] == "2"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mlflow_client, "predict", interrupted)
+    fails_by_its_alias(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         promotion.promote(NAME, "2", PASSED, expect="1")
     assert registry.aliases(NAME)["champion"] == "1"
@@ -198,7 +242,7 @@ def test_a_failed_return_leaves_the_mark_of_a_rollback(
 ) -> None:
     promotion.promote(NAME, "2", PASSED, expect="1")
     promotion.rollback(NAME)
-    monkeypatch.setattr(mlflow_client, "predict", lambda uri, images: np.full((1, 10), np.nan, np.float32))
+    fails_by_its_alias(monkeypatch, not_finite)
     with pytest.raises(PromotionError, match="does not serve"):
         promotion.promote(NAME, "2", PASSED, expect="1")
     decision = promotion.settled(NAME, "2", GATE)
