@@ -95,6 +95,8 @@ class Points:
     def confirm(self, point: Point, found: Found) -> None:
         """A point that is finished already: its run is there, or is written now."""
         self.shown.begin(point.name)
+        for record in found.values():
+            self.planner.store.touch(record.key)
         refs = {name: Ref.of(record, cached=True) for name, record in found.items()}
         if self._is_recorded(point, refs):
             self.end(point, "cached", refs["evaluation"].metrics)

@@ -79,6 +79,8 @@ def write_report(file: Path, overrides: list[str], output: Path) -> int:
     """Copy the report of the run that these params name. Raises InputError when it was not made yet."""
     if not output.absolute().parent.is_dir():
         raise InputError(f"there is no folder {output.absolute().parent} to write {output.name} into; make it first")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; name the file to write, such as {output / 'report.html'}")
     params = parameters.load(file, overrides)
     store = Store()
     stages = {stage.name: stage for stage in plan.plan(params, store, resolve.resolve(params))}
@@ -133,6 +135,7 @@ def _all_cached(params: Params, planned: list[PlannedStage], screen: Screen) -> 
     store, digests = Store(), {}
     for stage in planned:
         assert stage.record is not None
+        store.touch(stage.record.key)
         digests[stage.name] = stage.record.digest
         screen.stage(stage.name, True, stage.record.seconds, stage.record.metrics)
     screen.note(artifacts=digests)
@@ -159,7 +162,7 @@ def _ending(params: Params, decision: Decision, screen: Screen, began: float, is
         screen.say(str(decision.verdict))
     store = Store()
     digests = screen.facts["artifacts"]
-    screen.table(store.materialise(digests["evaluation"]) / "evaluation.json")
+    screen.table(store.materialise(digests["evaluation"]) / "evaluation.json", params.healing.methods)
     report = store.materialise(digests["report"]) / "report.html"
     screen.note(report=str(report), seconds=time.monotonic() - began, decision=decision.reason)
     screen.say(f"\nreport   {report}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,8 +48,8 @@ class Screen:
         """Facts for `--json`."""
         self.facts |= facts
 
-    def table(self, evaluation: Path) -> None:
-        """The table of results."""
+    def table(self, evaluation: Path, healers: Sequence[str]) -> None:
+        """The table of results, healers in their order."""
         content = json.loads(evaluation.read_text())
         self.note(evaluation=content)
         if self.output == "json":
@@ -60,7 +60,7 @@ class Screen:
 
         console = Console()
         console.print()
-        console.print(table(content))
+        console.print(table(content, healers))
         budget = content["budget"]
         console.print(
             f"budget: keep {budget['asked']:,} of {budget['total']:,} {budget['unit']} asked, {budget['got']:,} got",

@@ -152,7 +152,14 @@ def _preprocessing(asked: Mapping[str, Any], known: Mapping[str, Any] | None, op
 
 def _classes(model: nn.Module, preprocessing: Preprocessing) -> int:
     """How many logits the network gives; an image of zeros is enough to see. Raises ArchitectureError."""
-    return predict(model, torch.zeros(1, 3, *preprocessing.size)).shape[1]
+    try:
+        return predict(model, torch.zeros(1, 3, *preprocessing.size)).shape[1]
+    except (RuntimeError, AssertionError, ValueError) as error:  # as networks refuse a shape
+        height, width = preprocessing.size
+        raise ArchitectureError(
+            f"{type(model).__name__} does not take an image of 3 x {height} x {width}: {error}; check "
+            "dense.preprocessing.size, and that dense.architecture_args leave three channels"
+        ) from error
 
 
 def _copied(folder: Path, target: Path) -> str:

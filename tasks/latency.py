@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,11 +38,18 @@ def compare(
     size = (bundle.read(folders[models[0]])["preprocessing"] or {}).get("size")
     if size is None:
         raise InputError(f"{models[0]} does not say its input size (preprocessing.size in bundle.json); save it anew")
+    _refuse_other_sizes({name: bundle.read(folder)["preprocessing"] or {} for name, folder in folders.items()}, size)
     for batch in batches:
         images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
         timed = cost.latency(networks, images, rounds)
         for name, latency in timed.items():
             yield Timed(name, batch, latency, timed[models[0]].median / latency.median)
+
+
+def _refuse_other_sizes(preprocessing: Mapping[str, Mapping[str, Any]], size: Sequence[int]) -> None:
+    for name, own in preprocessing.items():
+        if list(own.get("size") or size) != list(size):
+            raise InputError(f"{name} takes images of {own['size']}, the first of these models of {list(size)}")
 
 
 def _refuse_adapter(name: str, adapter: str | None, allowed: Collection[str]) -> None:

@@ -25,7 +25,17 @@ INTERPOLATIONS = {
 CROPS = ("center", "squash")
 
 # What Pillow's decoders raise for bytes that are not, or only partly, an image.
-_UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
+_UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)

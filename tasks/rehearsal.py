@@ -54,7 +54,7 @@ def glance(params: Params) -> None:
 
 def look(params: Params) -> None:
     """What `glance` raises, for a run that no promotion follows."""
-    for section in (params.activations, params.healing, params.evaluation):
+    for section in (params.activations, params.allocation, params.healing, params.evaluation):
         models.device_of(section.device)
     _refuse_names(params)
     resolve.resolve_images(params)

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from heal.errors import HealError, NumericalError
 from tasks import state
 from tasks.checkpoints import Checkpoints
+from tasks.gc import in_use
 from tasks.keys import Ingredients, Resolved, StageParams, is_moving, stage_key
 from tasks.manifest import Record
 from tasks.progress import ProgressFactory, quiet
@@ -84,7 +85,8 @@ def run_stage(
         with _alone(stage, key):
             found = find(stage, key, store)
             if found is None:
-                return Ref.of(_computed(stage, params, key, ingredients, store, progress_factory, resolve))
+                with in_use(store, [refs[name].key for name in stage.upstream]):
+                    return Ref.of(_computed(stage, params, key, ingredients, store, progress_factory, resolve))
     store.touch(key)
     # A process that was killed between publishing and cleaning up left its work behind.
     shutil.rmtree(state.work(key), ignore_errors=True)

@@ -74,4 +74,14 @@ def _images(folder: Path, prefix: str) -> Iterator[str]:
             if entry.is_dir():
                 yield from _images(folder / entry.name, f"{prefix}{entry.name}/")
             elif Path(entry.name).suffix.lower() in SUFFIXES:
+                _refuse_unreadable(entry)
                 yield prefix + entry.name
+
+
+def _refuse_unreadable(entry: os.DirEntry[str]) -> None:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise ImagesError(f"{entry.path} is a link to a file that is not there; fetch it, or remove the link")
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError as error:
+        raise ImagesError(f"{entry.path!a}: the name is no UTF-8, so it cannot be an id; rename the file") from error

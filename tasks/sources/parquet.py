@@ -102,7 +102,10 @@ class Parquet:
         return self._cached[1]
 
     def _column(self, file: int, name: str) -> list[Any]:
-        values: list[Any] = self._open(file).read(columns=[name]).column(name).to_pylist()
+        try:
+            values: list[Any] = self._open(file).read(columns=[name]).column(name).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ImagesError(f"{self.paths[file]}: column {name} cannot be read: {error}") from error
         return values
 
     def _open(self, file: int) -> Any:

@@ -158,6 +158,28 @@ def _no_such_device(workplace: Workplace) -> tuple[str, ...]:
     return ("device cuda:7", "cpu or auto")
 
 
+def _no_such_device_of_the_allocation(workplace: Workplace) -> tuple[str, ...]:
+    _edit(workplace, "budget: {neurons: 0.5}", "device: cuda:7, budget: {neurons: 0.5}")
+    return ("device cuda:7", "cpu or auto")
+
+
+def _subsets_of_no_file(workplace: Workplace) -> tuple[str, ...]:
+    _edit(workplace, "evaluation: {", "evaluation: {subsets: origin, ")
+    return ("evaluation.subsets", "evaluation.labels names")
+
+
+def _an_input_that_the_network_does_not_take(workplace: Workplace) -> tuple[str, ...]:
+    _edit(workplace, '"bundle:dense"', '"bundle:dense", preprocessing: {size: [64, 64]}')
+    return ("does not take an image of 3 x 64 x 64", "check dense.preprocessing.size")
+
+
+def _a_picture_that_is_elsewhere(workplace: Workplace) -> tuple[str, ...]:
+    _pictures(workplace.folder / "pictures", 40)
+    (workplace.folder / "pictures" / "linked.jpg").symlink_to("annex/linked.jpg")
+    _edit(workplace, "source: digits, count: 32", 'source: "imagefolder:pictures", count: 40')
+    return ("linked.jpg is a link to a file that is not there",)
+
+
 def _state_that_cannot_be_written(workplace: Workplace) -> tuple[str, ...]:
     workplace.home.touch()
     return (".regrow cannot be written to", "REGROW_HOME")
@@ -230,6 +252,10 @@ MISTAKES = [
     _labels_that_are_not_there,
     _no_limit_on_quality,
     _no_such_device,
+    _no_such_device_of_the_allocation,
+    _subsets_of_no_file,
+    _an_input_that_the_network_does_not_take,
+    _a_picture_that_is_elsewhere,
     _no_such_device_for_a_model_to_train,
     _state_that_cannot_be_written,
 ]
@@ -284,6 +310,18 @@ def test_a_command_typed_wrongly_ends_with_two(regrow: Command) -> None:
     code, errors = regrow("rnu")
     assert code == 2
     assert "rnu" in errors
+
+
+def test_a_report_into_a_folder_is_refused(workplace: Workplace, regrow: Command) -> None:
+    code, errors = regrow("report", "-o", str(workplace.folder))
+    assert code == 2 and "is a folder; name the file" in errors
+
+
+def test_models_of_two_sizes_are_not_timed_together(workplace: Workplace, regrow: Command) -> None:
+    small = _preprocessing() | {"size": [16, 16]}
+    bundle.save(nets.build("resnet"), workplace.folder / "small", metadata={"preprocessing": small})
+    code, errors = regrow("latency", "bundle:dense", "bundle:small", "-b", "1")
+    assert code == 2 and "bundle:small takes images of [16, 16]" in errors
 
 
 def test_a_taken_port_is_refused(workplace: Workplace) -> None:

@@ -34,10 +34,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 def test_a_second_run_computes_nothing_and_starts_no_server(walked: Workplace) -> None:
     prefect = walked.home / "prefect" / "prefect.db"
-    before = prefect.stat().st_mtime_ns
+    before, began = prefect.stat().st_mtime_ns, time.time()
     finished = walked.run("run", "--json")
     assert finished.code == 0, finished.errors
     assert finished.computed == set()
+    assert len(walked.used_since(began)) == len(STAGES), "what it found counts as used"
     assert prefect.stat().st_mtime_ns == before
 
 

@@ -152,8 +152,10 @@ def test_finished_points_run_nothing_and_start_no_server(swept: tuple[Workplace,
     made, _, _ = swept
     before = (made.home / "prefect" / "prefect.db").stat().st_mtime_ns
     runs = database(made, "mlflow.db", "select run_uuid, end_time from runs where name != 'tiny' order by 1")
+    began = time.time()
     finished = made.run("sweep", "sweep.yaml", "--only", "*/uniform/*", "--json", "-o", "again")
     assert finished.code == 0, finished.errors
+    assert len(made.used_since(began)) > len(GOOD), "what they found counts as used"
     assert finished.facts["ended"] == dict.fromkeys(GOOD, "cached")
     assert (made.home / "prefect" / "prefect.db").stat().st_mtime_ns == before
     assert database(made, "mlflow.db", "select run_uuid, end_time from runs where name != 'tiny' order by 1") == runs

@@ -59,6 +59,10 @@ class Workplace:
         """The state folder."""
         return self.folder / ".regrow"
 
+    def used_since(self, when: float) -> list[Path]:
+        """The records of the store that were used since then."""
+        return [path for path in (self.home / "store" / "keys").iterdir() if path.stat().st_mtime >= when]
+
     def start(self, *command: str, **extra: str) -> subprocess.Popen[str]:
         """Start a command here, in a process group of its own, as a shell does."""
         environment = {**os.environ, **extra, "REGROW_HOME": str(self.home), "PYTHONPATH": os.getcwd()}

@@ -114,6 +114,20 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         data.open_source(f"imagefolder:{root}").ids()
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    root = folder(tmp_path / "root", ["a/1.png"])
+    os.symlink(root / "annex" / "2.png", root / "a/2.png")
+    with pytest.raises(ImagesError, match=r"a/2\.png is a link to a file that is not there"):
+        data.open_source(f"imagefolder:{root}").ids()
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "root", ["a/1.png"])
+    os.rename(root / "a/1.png", os.fsencode(root) + b"/a/\xff.png")
+    with pytest.raises(ImagesError, match=r"the name is no UTF-8"):
+        data.open_source(f"imagefolder:{root}").ids()
+
+
 def test_parquet_files_are_read_in_order_with_their_ids_and_labels(tmp_path: Path) -> None:
     table(tmp_path / "0.parquet", 5, {"id": [f"x{n}" for n in range(5)], "label": [4, 3, 2, 1, 0]})
     table(tmp_path / "1.parquet", 3, {"id": ["y0", "y1", "y2"], "label": [0, 0, 1]}, first=5)
@@ -150,6 +164,19 @@ def test_parquet_tables_that_contradict_themselves_are_refused(
 ) -> None:
     source = data.open_source(f"parquet:{table(tmp_path / 'a.parquet', 2, columns)}")
     with pytest.raises(ImagesError, match=expected):
+        _ = source.ids(), source.labels()
+
+
+@pytest.mark.parametrize("column", ["id", "label"])
+def test_parquet_that_is_damaged_in_one_column_names_it(tmp_path: Path, column: str) -> None:
+    path = table(tmp_path / "a.parquet", 2, {"id": ["x", "y"], "label": [0, 1]})
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunk = next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == column)
+    start, written = chunk.dictionary_page_offset or chunk.data_page_offset, bytearray(path.read_bytes())
+    written[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(bytes(written))
+    source = data.open_source(f"parquet:{path}")
+    with pytest.raises(ImagesError, match=f"column {column} cannot be read"):
         _ = source.ids(), source.labels()
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tasks.gc import gc
+from filelock import FileLock
+
+from tasks import state
+from tasks.gc import gc, in_use
 from tasks.keys import sha256
 from tasks.manifest import Record
 from tasks.store import Store
@@ -65,3 +70,61 @@ def test_checkpoints_that_nobody_came_back_for_go(tmp_path: Path) -> None:
     assert remote.place.sizes("work")
     gc(remote, grace_seconds=-1)
     assert not remote.place.sizes("work")
+
+
+def test_what_a_run_under_way_was_computed_from_stays(local: Store, tmp_path: Path) -> None:
+    """Its healing has taken hours, and other runs were made meanwhile."""
+    dense = published(local, tmp_path, "dense", "dense")
+    calibration = published(local, tmp_path, "calibration", "calibration", dense=dense.digest)
+    pruning = published(local, tmp_path, "pruning", "pruning", calibration=calibration.digest)
+    others = [published(local, tmp_path, f"other {stage}", stage) for stage in ("dense", "calibration", "pruning")]
+    for made in (dense, calibration, pruning, *others):
+        age(local, made, seconds=7200)
+    with in_use(local, [pruning.key]):
+        wait_until(lambda: modified(local, pruning.key) > time.time() - 60)
+        gone = {removed.digest for removed in gc(local, keep_runs=0).artifacts}
+    assert gone == {other.digest for other in others}
+
+
+def test_what_is_in_use_is_marked_again_and_again(local: Store, tmp_path: Path) -> None:
+    made = published(local, tmp_path, "made")
+    with in_use(local, [made.key], seconds=0.01):
+        for _ in range(3):
+            age(local, made, seconds=7200)
+            wait_until(lambda: modified(local, made.key) > time.time() - 60)
+    age(local, made, seconds=7200)
+    time.sleep(0.1)
+    assert modified(local, made.key) < time.time() - 3600, "its user has ended"
+
+
+def test_work_that_nobody_came_back_for_goes_unless_it_is_locked(local: Store) -> None:
+    works = {name: state.work(sha256(name)) for name in ("forgotten", "running", "young")}
+    for work in works.values():
+        (work / "checkpoints").mkdir(parents=True)
+        (work / "checkpoints" / "state.bin").write_text("state")
+    for name in ("forgotten", "running"):
+        for path in (works[name] / "checkpoints" / "state.bin", works[name] / "checkpoints", works[name]):
+            os.utime(path, (1, 1))
+    with FileLock(works["running"].with_suffix(".lock")):
+        gc(local)
+    assert {name for name, work in works.items() if work.exists()} == {"running", "young"}
+
+
+def age(store: Store, made: Record, seconds: float) -> None:
+    """As if it was published so long ago."""
+    assert store.place.local is not None
+    then = time.time() - seconds
+    for path in (f"keys/{made.key}.json", f"artifacts/{made.digest}"):
+        os.utime(store.place.local / path, (then, then))
+
+
+def modified(store: Store, key: str) -> float:
+    assert store.place.local is not None
+    return (store.place.local / "keys" / f"{key}.json").stat().st_mtime
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
