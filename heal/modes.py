@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from heal.families.discovery import batch_norms
 
@@ -64,7 +64,8 @@ def without_fused_attention(model: nn.Module, longest: float = math.inf) -> Iter
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
 
     def choose(module: nn.Module, args: tuple[Any, ...]) -> None:
-        module.fused_attn = bool(args) and args[0].shape[-2] > longest  # type: ignore[assignment]
+        tokens = args[0].shape[-2] if args and isinstance(args[0], Tensor) else math.inf
+        module.fused_attn = tokens > longest  # type: ignore[assignment]
 
     handles = [module.register_forward_pre_hook(choose) for module in fused]
     try:

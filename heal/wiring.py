@@ -19,6 +19,7 @@ from heal.modes import evaluating
 class Wiring:
     """order: the layers in the order in which they ran first. repeated: those that ran more than once. norm_after: the
     BatchNorm that takes a layer's very output, if one does: unchanged, which nothing else takes, and no other output.
+    What TorchScript does inside is not seen, nor an output that the network also returns.
     input_size: (height, width) that a convolution saw."""
 
     order: tuple[str, ...]

@@ -37,7 +37,7 @@ METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 class AnswerError(RegistryError):
     """What MLflow refused; code is its own name for the reason."""
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, message: str, code: str = "") -> None:
         super().__init__(message)
         self.code = code
 

@@ -35,7 +35,7 @@ def in_order(
     wanted = capture(teacher, images, dict.fromkeys(taps, False), BATCH)
     for done, tap in enumerate(taps, start=1):
         found = capture(student, images, {tap: False}, BATCH, stop_early=True)
-        if found[tap].count < wanted[tap].count:  # it is passed again further on
+        if found[tap].count < wanted[tap].count:  # the tap lies behind where the pass was left, too
             found = capture(student, images, {tap: False}, BATCH)
         correct(tap, wanted[tap], found[tap])
         context.report(name, done, len(taps))
