@@ -175,13 +175,6 @@ class Evaluation(Section):
     latency_batches: tuple[Count, ...] = (1, 32)
     latency_models: tuple[Text, ...] = ("dense", "healed")
 
-    @field_validator("subsets")
-    @classmethod
-    def _subsets_are_in_a_file(cls, subsets: str | None, info: ValidationInfo) -> str | None:
-        if subsets is not None and isinstance(info.data.get("labels"), bool):
-            raise ValueError("subsets are a column of the CSV file that evaluation.labels names, and it names none")
-        return subsets
-
 
 class Report(Section):
     title: Text | None = None

@@ -57,7 +57,17 @@ def look(params: Params) -> None:
     for section in (params.activations, params.allocation, params.healing, params.evaluation):
         models.device_of(section.device)
     _refuse_names(params)
+    _refuse_subsets_of_no_file(params)
     resolve.resolve_images(params)
+
+
+def _refuse_subsets_of_no_file(params: Params) -> None:
+    section = params.evaluation
+    if section.subsets is not None and isinstance(section.labels, bool):
+        raise InputError(
+            f"evaluation.subsets = {section.subsets} is a column of the CSV file that evaluation.labels names, and it "
+            f"names none (labels: {str(section.labels).lower()}); name the file, or take subsets out"
+        )
 
 
 def rehearse(params: Params, planned: Mapping[str, PlannedStage], store: Store) -> None:
