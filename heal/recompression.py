@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heal.allocators import ALLOCATORS
+from heal.block_inputs import refuse_more_inputs
 from heal.errors import BudgetError, ImagesError, MethodError
 from heal.healers import HEALERS
 from heal.images import Images, Replay
@@ -86,7 +87,7 @@ def recompress(
     teacher = copy.deepcopy(model).eval()
     wanted = taps(model, [allocate, prune, *heal])
     if wanted or heal:
-        _refuse_images(teacher, images)
+        refuse_more_inputs(teacher, heal, _answered(teacher, images))
     statistics = capture(teacher, images, wanted, report=report) if wanted else {}
     surroundings = AllocationContext(statistics=statistics, images=images, seed=seed, report=report, log=log)
     allocation = allocate.allocate(teacher, budget, surroundings)
@@ -134,8 +135,8 @@ def _refuse_types(budget: object, healers: object) -> None:
         raise MethodError(f"healers {healers!r} is one name where a list is wanted; write [{healers!r}]")
 
 
-def _refuse_images(model: nn.Module, images: Images) -> None:
-    """Answer one of them. Raises ImagesError when there is none, or the model cannot."""
+def _answered(model: nn.Module, images: Images) -> Tensor:
+    """The first of them [1, c, h, w]. Raises ImagesError when there is none, or the model cannot answer it."""
     batch = next(iter(Replay(images, 1)), None)
     if batch is None or not len(batch):
         raise ImagesError("images: there are none; pass a tensor [n, channels, height, width] or batches of them")
@@ -150,6 +151,7 @@ def _refuse_images(model: nn.Module, images: Images) -> None:
         raise ImagesError(
             f"images: {type(model).__name__} cannot answer [n, {', '.join(map(str, batch.shape[1:]))}]: {first}"
         ) from error
+    return batch[:1]
 
 
 def _built(entries: Mapping[str, type[T]], named: Named) -> T:

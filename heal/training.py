@@ -26,8 +26,8 @@ from heal.modes import evaluating, normalising_by_batch, training_only, without_
 
 Precision = Literal["float32", "bfloat16"]
 
-LONGEST = 300
-"""Tokens; the weights of attention, which a fused kernel never holds, take memory by their square."""
+UNFUSED_TOKENS = 300
+"""Longest attention without a fused kernel, whose weights, which that never holds, take memory by their square."""
 
 Batch = TypeVar("Batch")
 Given = TypeVar("Given", covariant=True)
@@ -231,7 +231,7 @@ def _attention(student: nn.Module, schedule: Schedule) -> AbstractContextManager
     """A CPU's fused kernel is slow backwards in bfloat16, the more so the shorter the sequence (benchmarks/cost.py)."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in student.parameters())
     slow = on_cpu and schedule.precision == "bfloat16"
-    return without_fused_attention(student, LONGEST) if slow else nullcontext()
+    return without_fused_attention(student, UNFUSED_TOKENS) if slow else nullcontext()
 
 
 def _groups(trainable: Mapping[str, nn.Parameter], factors: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from heal import bundle
 from heal.allocators.dropping import Goal
+from heal.block_inputs import refuse_more_inputs
 from heal.errors import InputError
 from heal.method import AllocationContext, check, taps
 from heal.naming import nearest
@@ -92,13 +93,14 @@ def _dense(params: Params, planned: PlannedStage, store: Store, scratch: Path) -
 
 
 def _refuse_methods(params: Params, model: nn.Module, size: tuple[int, int]) -> None:
-    allocator, budget = params.allocator(), params.allocation.budget.build()
+    allocator, healers, budget = params.allocator(), params.healers(), params.allocation.budget.build()
+    image = torch.zeros(1, 3, *size)
     try:
-        check(model, budget, allocator, params.pruner(), params.healers(), params.healing.rounds)
+        check(model, budget, allocator, params.pruner(), healers, params.healing.rounds)
+        refuse_more_inputs(model, healers, image)
     except InputError as error:
         key = NAMED_BY.get(str(error).partition(" ")[0], "allocation.budget")
         raise type(error)(f"{params.where(key)}: {key}: {error}") from error
-    image = torch.zeros(1, 3, *size)
     if "images" not in allocator.needs:
         zeros = _zeros(model, taps(model, [allocator]))
         allocator.allocate(model, budget, AllocationContext(statistics=zeros, images=image))

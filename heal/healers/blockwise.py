@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from heal.errors import ArchitectureError, MethodError
+from heal.block_inputs import refuse_more_inputs
+from heal.errors import MethodError
 from heal.families.lookup import describe
 from heal.healers.layer_batches import Drawn, Pair, Site, numbered
 from heal.images import Images, first, generator
@@ -49,13 +50,13 @@ class Blockwise:
     @property
     def needs(self) -> frozenset[str]:
         """It reads no statistics; it runs both networks itself."""
-        return frozenset({"block_outputs"})
+        return frozenset({"block_inputs", "block_outputs"})
 
     def heal(self, student: nn.Module, teacher: nn.Module, images: Images, context: HealContext) -> HealingReport:
         """Train the student's blocks in place, in their order. The report's losses are block after block."""
         began = time.perf_counter()
         asked = goals(teacher, context.pruned)
-        _refuse_more_inputs(teacher, [*asked, *asked.values()], first(images, 1, 1)[0])
+        refuse_more_inputs(teacher, [self], first(images, 1, 1)[0])
         before = alignment(student, teacher, images, context.pruned)
         batches, losses, pairs = numbered(images, self.batch_size), list[float](), None
         layout, stay = describe(teacher).states, kept(teacher, context.pruned, "blocks")
@@ -99,30 +100,3 @@ def _untrained(student: nn.Module, pruned: Mask | ChannelCut, trained: list[str]
     inside = tuple(f"{block}." for block in trained)
     outside = [layer for layer in layers if not f"{layer}.".startswith(inside)]
     return (f"not trained, as outside of the blocks: {listed(outside)}",) if outside else ()
-
-
-def _refuse_more_inputs(teacher: nn.Module, blocks: list[str], image: Tensor) -> None:
-    """Raise ArchitectureError where a block takes more than a tensor, or gives anything else: it trains alone here."""
-
-    def check(block: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            named = {**{str(at): value for at, value in enumerate(args[1:], start=1)}, **kwargs}
-            beside = [name for name, value in named.items() if value is not None and value is not False]
-            if beside or not isinstance(output, Tensor):
-                what = f"takes more than its input ({', '.join(beside)})" if beside else "gives more than one tensor"
-                raise ArchitectureError(
-                    f"blockwise: {block} {what}, so it cannot be trained alone; heal by starfish or distill"
-                )
-
-        return hook
-
-    handles = [
-        teacher.get_submodule(block).register_forward_hook(check(block), with_kwargs=True)
-        for block in dict.fromkeys(blocks)
-    ]
-    try:
-        with evaluating(teacher), torch.no_grad():
-            teacher(image.to(next(teacher.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -59,10 +59,14 @@ def test_an_even_share_leaves_every_layer_its_minimum(totals: list[int], share: 
     kept = max(sum(least), round(share * sum(totals)))
     counts = list(shared_evenly({f"l{i}": total for i, total in enumerate(totals)}, kept, minimum).values())
     assert sum(counts) == kept
+    low, high = 0.0, 1.0  # the one share of all layers, of which a layer below its least takes that
+    for _ in range(60):
+        tried = (low + high) / 2
+        too_few = sum(max(few, tried * total) for few, total in zip(least, totals, strict=True)) < kept
+        low, high = (tried, high) if too_few else (low, tried)
+    exact = [max(few, high * total) for few, total in zip(least, totals, strict=True)]
+    assert all(abs(count - wanted) < 1 + 1e-6 for count, wanted in zip(counts, exact, strict=True))
     assert all(few <= count <= total for few, count, total in zip(least, counts, totals, strict=True))
-    beyond = [(count, total) for few, count, total in zip(least, counts, totals, strict=True) if count > few]
-    rest, of = (sum(numbers) for numbers in zip((0, 0), *beyond, strict=True))
-    assert all(abs(count - total * rest / of) <= 1 + total / of * len(totals) for count, total in beyond)
 
 
 @settings(max_examples=200, deadline=None)

@@ -150,6 +150,18 @@ def test_a_block_that_cannot_be_trained_alone_is_refused(net: str, kwargs: dict[
     with pytest.raises(ArchitectureError, match=said):
         Blockwise(steps=1).heal(student, dense, images, HealContext(pruned=Mask({})))
     assert all(torch.equal(student.state_dict()[name], value) for name, value in before.items())
+    reported: list[str] = []
+    with pytest.raises(ArchitectureError, match=f"healer blockwise: {said}"):
+        heal.recompress(
+            dense,
+            images,
+            Budget(weights=0.5),
+            "uniform",
+            "wanda",
+            [Blockwise(steps=1)],
+            report=lambda name, done, total: reported.append(name),
+        )
+    assert not reported
 
 
 def test_distillation_follows_the_teachers_answers() -> None:

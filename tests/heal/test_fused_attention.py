@@ -15,7 +15,7 @@ from heal.errors import NumericalError
 from heal.images import Replay
 from heal.method import HealContext
 from heal.modes import without_fused_attention
-from heal.training import LONGEST, Precision, Schedule, Step, Training, fit
+from heal.training import UNFUSED_TOKENS, Precision, Schedule, Step, Training, fit
 from heal.values import Mask
 from tests.heal import nets
 
@@ -95,9 +95,9 @@ def test_in_bfloat16_it_rounds_about_as_much() -> None:
 
 def test_long_sequences_stay_fused() -> None:
     attention = timm.layers.Attention(8, num_heads=2)
-    with without_fused_attention(attention, LONGEST):
-        assert is_fused(attention(torch.randn(1, LONGEST + 1, 8)))
-        assert not is_fused(attention(torch.randn(1, LONGEST, 8)))
+    with without_fused_attention(attention, UNFUSED_TOKENS):
+        assert is_fused(attention(torch.randn(1, UNFUSED_TOKENS + 1, 8)))
+        assert not is_fused(attention(torch.randn(1, UNFUSED_TOKENS, 8)))
 
 
 def test_blocks_that_are_computed_again_for_the_gradient_are_computed_alike() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from heal.compat import timm
 from heal.errors import ArchitectureError, BudgetError
 from tasks import params, rehearsal
 from tests.heal import nets
@@ -53,3 +54,10 @@ def test_depth_is_rehearsed_without_a_search(net: str, budget: str, reason: str 
         return
     with pytest.raises((ArchitectureError, BudgetError), match=reason):
         rehearsal._refuse_methods(asked, nets.build(net), (nets.SIZE, nets.SIZE))
+
+
+def test_blocks_that_cannot_be_trained_alone_are_refused_by_the_rehearsal() -> None:
+    net = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2, embed_dim=48, num_heads=3).eval()
+    asked = params.load(None, ["allocation.budget={weights: 0.5}", "healing.methods=[blockwise]"])
+    with pytest.raises(ArchitectureError, match=r"healing\.methods: healer blockwise: blocks\.0 takes .* \(rope\)"):
+        rehearsal._refuse_methods(asked, net, (28, 28))
