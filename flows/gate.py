@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tasks import artifacts, models, promotion, registry
 from tasks.gate import Gate
-from tasks.images import load_evaluation
+from tasks.images import evaluation_digest, load_evaluation
 from tasks.params import Params
 from tasks.progress import Progress
 
@@ -15,11 +15,12 @@ from tasks.progress import Progress
 def ask(params: Params, dense: Path, calibration: Path, version: str, *, again: bool = False) -> promotion.Decision:
     """Judge a version of `registration.name`, and promote it when it passes.
 
-    dense, calibration: those stages' artifacts. A version that was judged before is measured `again`
-    only when a person asks.
+    dense, calibration: those stages' artifacts. A version that was judged before, on the same images, is measured
+    `again` only when a person asks.
     """
     name, limits = params.registration.name, Gate(**params.promotion.model_dump())
-    settled = None if again else promotion.settled(name, version, limits)
+    evaluation = evaluation_digest(params, calibration)
+    settled = None if again else promotion.settled(name, version, limits, evaluation)
     if settled is not None:
         return settled
     registry.register_dense(dense / "bundle", name, params.dense.adapter_allow)
@@ -31,6 +32,7 @@ def ask(params: Params, dense: Path, calibration: Path, version: str, *, again: 
             limits,
             images.array,
             images.labels,
+            evaluation=evaluation,
             again=again,
             allow_adapters=params.dense.adapter_allow,
             device=models.device_of(params.evaluation.device),

@@ -83,13 +83,15 @@ class Criterion:
 class Verdict:
     """Every criterion that applied, whether all passed, and what names this verdict.
 
-    `notes` say which limits could not apply, and why. `gate` is the digest of the limits.
+    `notes` say which limits could not apply, and why. `gate` is the digest of the limits, `evaluation`
+    names the images and labels.
     """
 
     criteria: tuple[Criterion, ...]
     passed: bool
     digest: str
     gate: str
+    evaluation: str
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -97,8 +99,8 @@ class Verdict:
         return "\n".join([*lines, "passed" if self.passed else "rejected"])
 
 
-def judge(measured: Measured, gate: Gate) -> Verdict:
-    """Hold every measurement against its limit.
+def judge(measured: Measured, gate: Gate, evaluation: str = "") -> Verdict:
+    """Hold every measurement against its limit. evaluation: names the images and labels that were measured on.
 
     Without labels quality is judged by agreement alone; the limits on bytes, MACs and speed need no
     labels and hold as ever. Raises GateError when no limit on quality would apply.
@@ -108,8 +110,9 @@ def judge(measured: Measured, gate: Gate) -> Verdict:
         wanted = " or ".join(QUALITY) if measured.labelled else "min_agreement, as there are no labels"
         raise GateError(f"promotion sets no limit on quality that can be held; set promotion.{wanted}")
     notes = tuple(_notes(measured, gate))
-    content = [asdict(gate), asdict(measured), notes]
-    return Verdict(criteria, all(criterion.passed for criterion in criteria), _digest(content), gate.digest, notes)
+    content = [asdict(gate), asdict(measured), evaluation, notes]
+    passed = all(criterion.passed for criterion in criteria)
+    return Verdict(criteria, passed, _digest(content), gate.digest, evaluation, notes)
 
 
 def _criteria(measured: Measured, gate: Gate) -> Iterator[Criterion]:

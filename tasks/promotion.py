@@ -69,6 +69,7 @@ def ask(
     images: Tensor | ImageArray,
     labels: Tensor | None = None,
     *,
+    evaluation: str = "",
     again: bool = False,
     allow_adapters: Collection[str] = (),
     device: torch.device = CPU,
@@ -77,15 +78,16 @@ def ask(
     """Measure a version against the champion, judge it, and promote it if it passes; unless it is `settled`.
 
     `images` [n, 3, h, w] are the pinned evaluation images, `labels` [n] theirs, or None: then
-    agreement with dense is all that quality is judged by.
+    agreement with dense is all that quality is judged by. `evaluation` names both.
     """
-    decided = settled(name, version, gate, again)
+    decided = settled(name, version, gate, evaluation, again)
     if decided is not None:
         return decided
     champion = registry.aliases(name).get(CHAMPION)
     with registry.lock(name):
         _point(name, CHALLENGER, version, "asks to be promoted")
-    verdict = judge(measure(name, version, champion, images, labels, gate, allow_adapters, device, batch_size), gate)
+    measured = measure(name, version, champion, images, labels, gate, allow_adapters, device, batch_size)
+    verdict = judge(measured, gate, evaluation)
     if verdict.passed:
         return _promoted(name, version, champion, verdict)
     _remember(name, version, verdict, champion)
@@ -93,10 +95,10 @@ def ask(
     return Decision(name, version, champion, verdict, None, f"version {version} is rejected: {failed}", rejected=True)
 
 
-def settled(name: str, version: str, gate: Gate, again: bool = False) -> Decision | None:
+def settled(name: str, version: str, gate: Gate, evaluation: str = "", again: bool = False) -> Decision | None:
     """The outcome where there is nothing to measure, else None.
 
-    A version that was judged by these limits against this champion is not asked again, and neither is
+    A version that was judged by these limits on these images against this champion is not asked again, and neither is
     one that was champion before, or was rolled back: it must not come back with the next schedule, nor
     may two schedules take turns. A person may ask `again`.
     """
@@ -111,9 +113,9 @@ def settled(name: str, version: str, gate: Gate, again: bool = False) -> Decisio
         why = "was rolled back"
     elif champion is not None and f"{MOVED}.{CHAMPION}" in challenger.tags:
         why = f"was champion before version {champion}"
-    elif last and (last["gate"], last["champion"]) == (gate.digest, champion):
+    elif last and (last["gate"], last.get("evaluation"), last["champion"]) == (gate.digest, evaluation, champion):
         rejected = not last["passed"]
-        why = f"was judged by these limits before ({'rejected' if rejected else 'passed'})"
+        why = f"was judged by these limits on these images before ({'rejected' if rejected else 'passed'})"
     else:
         return None
     reason = f"version {version} {why}; regrow promote --version {version} asks again"
@@ -299,6 +301,10 @@ def _speedup(networks: dict[str, nn.Module], batch: Tensor) -> float:
 
 def _remember(name: str, version: str, verdict: Verdict, champion: str | None) -> None:
     """Tag the version with its latest verdict."""
-    content: dict[str, Any] = {"gate": verdict.gate, "champion": champion, "passed": verdict.passed}
-    content |= {"digest": verdict.digest, "criteria": [asdict(criterion) for criterion in verdict.criteria]}
+    content: dict[str, Any] = {"gate": verdict.gate, "evaluation": verdict.evaluation, "champion": champion}
+    content |= {
+        "passed": verdict.passed,
+        "digest": verdict.digest,
+        "criteria": [asdict(criterion) for criterion in verdict.criteria],
+    }
     registry.set_tag(name, version, VERDICT, json.dumps(content))

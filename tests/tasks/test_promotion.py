@@ -81,9 +81,14 @@ def test_costs_are_measured_when_they_are_limited(registered: dict[str, str], im
 
 
 def test_a_judged_version_is_not_asked_again(registered: dict[str, str], images: Tensor, labels: Tensor) -> None:
-    promotion.ask(NAME, registered["ruined"], GATE, images, labels)
+    rejected = promotion.ask(NAME, registered["ruined"], GATE, images, labels)
+    assert rejected.verdict is not None
     decision = promotion.ask(NAME, registered["ruined"], GATE, images, labels)
-    assert decision.verdict is None and decision.rejected and "judged by these limits before" in decision.reason
+    assert decision.verdict is None and decision.rejected
+    assert "judged by these limits on these images before" in decision.reason
+    elsewhere = promotion.ask(NAME, registered["ruined"], GATE, images, labels, evaluation="of other images")
+    assert elsewhere.verdict is not None and elsewhere.verdict.digest != rejected.verdict.digest
+    assert promotion.settled(NAME, registered["ruined"], GATE, "of other images") is not None
     lax = Gate(max_drop_dense=1.0, max_drop_champion=1.0, min_agreement=0.0)
     assert promotion.ask(NAME, registered["ruined"], lax, images, labels).promoted
 
