@@ -41,6 +41,7 @@ from heal.pruners.obs import Obs
 from heal.states import TeacherStates, block_outputs, cosine, rows
 from heal.statistics import capture
 from heal.surgery import shrink, widths
+from heal.training import Adam
 from heal.values import Budget, ChannelCut
 
 HERE = Path(__file__).resolve().parent
@@ -134,7 +135,7 @@ def _starfish(model: nn.Module) -> str:
     replay = Replay(images, BATCH)
     states = TeacherStates(model, replay, 2**31, 0, lambda message: None)
     states.of(0, images)
-    optimiser = torch.optim.Adam([p for n, p in student.named_parameters() if n in names], foreach=False)
+    optimiser = Adam().over({name: p for name, p in student.named_parameters() if name in names})
 
     def bare() -> None:
         student(images).sum().backward()
@@ -175,7 +176,7 @@ def _blockwise(model: nn.Module) -> str:
     """A whole step on a pair that is at hand against forward and backward with the cheapest loss."""
     block = copy.deepcopy(model.get_submodule("blocks.0")).eval()
     entered, wanted = torch.randn(BATCH, 197, 192), torch.randn(BATCH, 197, 192)
-    optimiser = torch.optim.Adam(block.parameters(), foreach=False)
+    optimiser = Adam().over(dict(block.named_parameters()))
 
     def bare() -> None:
         block(entered).sum().backward()

@@ -67,7 +67,10 @@ class Adam:
 
     def over(self, trainable: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser; the loop sets its learning rates."""
-        return torch.optim.AdamW(_groups(trainable, self.factors), weight_decay=self.weight_decay, foreach=False)
+        # On a CPU a third of the time; the kernel takes a weight's and its gradient's memory to lie alike, unasked.
+        fused = all(parameter.is_cpu and parameter.is_contiguous() for parameter in trainable.values())
+        groups = _groups(trainable, self.factors)
+        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, foreach=False, fused=fused)
 
 
 @dataclass(frozen=True)

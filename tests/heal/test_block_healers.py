@@ -58,7 +58,7 @@ def test_blockwise_is_a_loop_over_blocks(net: str) -> None:
     images, steps, expected = nets.images(8), 4, copy.deepcopy(student)
     for at, block in enumerate(describe(dense).blocks):
         module = expected.get_submodule(block)
-        optimiser = torch.optim.Adam(module.parameters(), lr=1e-3)
+        optimiser = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
         numbers = torch.randint(4, (steps,), generator=generator(3, f"blockwise batches of {block}")).tolist()
         for step, number in enumerate(numbers):
             batch = images[2 * number : 2 * number + 2]

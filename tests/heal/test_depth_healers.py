@@ -145,7 +145,7 @@ def test_blockwise_is_a_loop_over_the_blocks_that_stay() -> None:
     batch, expected = images(8), copy.deepcopy(student)
     for block in ("blocks.0", "blocks.2"):
         module = expected.get_submodule(block)
-        optimiser = torch.optim.Adam(module.parameters(), lr=1e-3)
+        optimiser = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 4)
         numbers = torch.randint(2, (4,), generator=generator(0, f"blockwise batches of {block}")).tolist()
         for number in numbers:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from heal import masking
+from heal import checkpoint, masking
 from heal.allocators.uniform import Uniform
 from heal.augmentation import crop_and_flip, draw_box
 from heal.compat import timm
@@ -60,7 +63,7 @@ def test_starfish_is_bit_for_bit_a_loop_written_out(name: str) -> None:
         student, dense, images, HealContext(pruned=mask, seed=3)
     )
     weights = {layer: reference.get_parameter(f"{layer}.weight") for layer in describe(dense).layers}
-    optimiser = torch.optim.Adam(weights.values(), foreach=False)
+    optimiser = torch.optim.Adam(weights.values(), fused=True)
     batches = list(images[shuffled(10, 3, "healing order")].split(4))
     losses: list[float] = []
     for step in range(6):
@@ -129,6 +132,39 @@ def test_sgd_is_the_formula_with_momentum_decay_and_warmup() -> None:
         a, b = a - lr * momenta[0], b - lr * momenta[1]
     torch.testing.assert_close(model.a.detach().double(), a, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.b.detach().double(), b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_adam_is_the_formula_however_weights_lie_in_memory(
+    layout: torch.memory_format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also resumed in the middle, when its own memory comes from a file."""
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 0.0))  # a checkpoint after every step
+    drawn = torch.Generator().manual_seed(0)
+    start, slopes = torch.randn(4, 2, 3, 3, generator=drawn), torch.randn(4, 4, 2, 3, 3, generator=drawn)
+    weight = nn.Parameter(start.clone(memory_format=layout))
+    layer = nn.Module()
+    layer.register_parameter("weight", weight)
+
+    def losing(step: Step, batch: Tensor) -> Tensor:
+        return (weight * slopes[step.number]).sum()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    schedule = Schedule(4, 0.1, 0.1, optimiser=Adam(weight_decay=0.01))
+    training = Training("one", lambda _: Replay(slopes[0], 4), losing, {"weight": weight}, schedule)
+    context = HealContext(pruned=Mask({}), checkpoints=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(layer, training, replace(context, checkpoint_saved=stop))
+    assert len(fit(layer, training, context)) == 4
+    expected, mean, square = start.double(), torch.zeros(start.shape).double(), torch.zeros(start.shape).double()
+    for step, slope in enumerate(slopes.double(), start=1):
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope.square()
+        unbiased = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        expected = (1 - 0.1 * 0.01) * expected - 0.1 * unbiased
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_factors_are_of_the_learning_rate_and_a_small_loss_ends_it() -> None:
