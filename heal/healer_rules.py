@@ -10,7 +10,16 @@ STAND_ON_DENSE_STATISTICS = frozenset({"signal_resuscitation", "layerwise_varian
 """Healers that bring a layer's output back to what the dense BatchNorm after it expects."""
 
 MOVE_STATISTICS = frozenset(
-    {"adaprune", "batchnorm_recalibration", "bias_correction", "least_squares", "unipts", "variance_matching"}
+    {
+        "adaprune",
+        "batchnorm_recalibration",
+        "bias_correction",
+        "layerwise",
+        "least_squares",
+        "signal_resuscitation",
+        "unipts",
+        "variance_matching",
+    }
 )
 """Healers after which a BatchNorm expects something else."""
 

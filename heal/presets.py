@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from heal.families.discovery import batch_norms
-from heal.families.family import Family
+from heal.families.family import HIDDEN, Family
 from heal.families.lookup import describe
 from heal.method import Allocator, Healer, Pruner, kinds_of, name_of, refuse_unit
 from heal.values import Budget
@@ -95,7 +95,7 @@ def choose(
     """
     family = describe(model)
     named = [method.unit for method in (allocator, pruner, *healers) if method is not None and method.unit != "any"]
-    default = "neurons" if family.cuttable else "weights"
+    default = "neurons" if family.groups_of(HIDDEN) else "weights"
     removes = budget.removes(named[0] if named else default)
     refuse_unit(model, removes)
     has_pattern = getattr(allocator, "pattern", None) is not None

@@ -74,7 +74,8 @@ def recompress(
     images: a float tensor [n, c, h, w], already normalised for the model, or any re-iterable of
     such batches. Methods go by name or as instances; "auto" is what heal.presets takes for such a network and
     budget. rounds: in how many steps what goes is taken away, with all healers after each (heal/rounds.py). Raises
-    InputError subclasses when the budget, the combination or the images make no sense, before anything is computed.
+    InputError subclasses when the combination or the images make no sense, before anything is computed, and when the
+    allocator finds no way to meet the budget, which it may know only after the pass for its statistics.
     """
     _refuse_types(budget, healers)
     allocate, prune, heal = _methods(model, budget, allocator, pruner, healers, rounds, log)

@@ -35,11 +35,15 @@ from heal.values import ChannelCut, Mask
 
 @dataclass(frozen=True)
 class Healed:
-    """One healer has run: its place in the list, its report, and what is pruned by then, in dense numbering."""
+    """One healer has run: its place in the list, its report, and what is pruned by then, in dense numbering.
+
+    in_last: whether no round comes after this one's.
+    """
 
     number: int
     report: HealingReport
     pruned: Mask | ChannelCut
+    in_last: bool
 
 
 def heal_in_rounds(
@@ -56,11 +60,11 @@ def heal_in_rounds(
     healer of every round has a folder of its own below. Raises MethodError.
     """
     refuse_rounds(rounds, [name_of(healer) for healer in healers], writes_weights=False, patterned=False)
+    taking = _taking(steps(dense, context.pruned, rounds))
+    for number in sorted(set(range(1, rounds + 1)) - taking.keys()):
+        context.log(f"round {number}: nothing goes that was not gone before, so nothing is healed")
     done, taken = 0, None
-    for number, step in enumerate(steps(dense, context.pruned, rounds), start=1):
-        if rounds > 1 and _is_idle(step, taken):
-            context.log(f"round {number}: nothing goes that was not gone before, so nothing is healed")
-            continue
+    for number, step in taking.items():
         context = replace(context, pruned=step)
         now = step if taken is None else onwards(step, taken)
         shown = _shown(student, dense, healers, images, context, None if taken is None else now)
@@ -69,14 +73,16 @@ def heal_in_rounds(
             folder = context.checkpoints and context.checkpoints / f"{done}-{name_of(healer)}"
             report = replace(shown.heal(healer, student, images, folder), round=number)
             shown = replace(shown, context=after(shown.context, _unmoved(report, rounds)))
-            yield Healed(place, report, shown.context.pruned)
+            yield Healed(place, report, shown.context.pruned, number == max(taking))
             done += 1
         taken = step
 
 
-def _is_idle(step: Mask | ChannelCut, taken: Mask | ChannelCut | None) -> bool:
-    """Whether a step takes nothing beyond the one before, of which it is a part."""
-    return _taken(step) == (0 if taken is None else _taken(taken))
+def _taking(nested: Sequence[Mask | ChannelCut]) -> dict[int, Mask | ChannelCut]:
+    """The steps that take something beyond the one before, by the number of the round; if none does, the last."""
+    before = [0, *map(_taken, nested[:-1])]
+    found = {at: step for at, (step, less) in enumerate(zip(nested, before, strict=True), 1) if _taken(step) > less}
+    return found or {len(nested): nested[-1]}
 
 
 def _taken(pruned: Mask | ChannelCut) -> int:

@@ -40,7 +40,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
     reports: list[HealingReport] = []
     for healed in heal_in_rounds(student, teacher, params.healers(), images, context, section.rounds):
         reports.append(healed.report)
-        if healed.report.round == section.rounds:
+        if healed.in_last:
             _save(student, healed, section, output, inputs["dense"], calibration)
     artifacts.write_json(output / "healing.json", [_content(report, section.rounds) for report in reports])
     return _metrics(reports)

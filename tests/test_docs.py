@@ -22,6 +22,7 @@ import heal
 from heal.allocators import ALLOCATORS
 from heal.compat import timm
 from heal.healers import HEALERS
+from heal.masking import is_n_of_m
 from heal.presets import TABLES
 from heal.pruners import PRUNERS
 from tasks import params, sweep_file
@@ -173,6 +174,10 @@ def test_the_worked_example_is_a_pruner(tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(first, heal.Mask) and isinstance(second, heal.Mask)
     assert first.total - first.zeros == heal.Budget(weights=0.7).kept(first.total)
     assert all(torch.equal(first.keep[layer], second.keep[layer]) for layer in first.keep)
+    images, half = torch.randn(4, 3, 32, 32), heal.Budget(weights=0.5)
+    patterned = heal.recompress(tiny_vit(), images, half, "n_of_m", path.stem, ["none"]).pruned
+    assert isinstance(patterned, heal.Mask) and patterned.pattern is not None
+    assert all(is_n_of_m(keep, patterned.pattern) for keep in patterned.keep.values())
 
 
 @pytest.mark.parametrize("heading, name, method", METHODS, ids=[f"{kind}-{name}" for kind, name, _ in METHODS])

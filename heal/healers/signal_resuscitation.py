@@ -8,11 +8,11 @@ Source: arXiv 2605.21426, Algorithm 1. Per convolution, the first excepted, on i
 
 Deviations: a bias is scaled with its filter, so that the mean comes out right (the paper's networks have
 none); without a bias the shift goes into the running mean of the BatchNorm that takes the output, which is
-the same, and is left out where none does (DenseNet concatenates first); a layer half of whose channels are
-dead is left alone (the paper leaves that open). A Linear that feeds a BatchNorm counts as a convolution. Before
-a recalibration that forgets (`cumulative`, `exact`) this changes nothing wherever all that a convolution feeds
-is BatchNorm, which divides it out again; a convolution that no BatchNorm follows, as in a squeeze-and-excitation,
-keeps what it was given.
+the same, and is left out where none does (DenseNet concatenates first); a layer half of whose channels are dead is
+not rescaled (the paper leaves that open), but its mean is put right. A Linear that feeds a BatchNorm counts as a
+convolution. Before a recalibration that forgets (`cumulative`, `exact`) this changes nothing wherever all that a
+convolution feeds is BatchNorm, which divides it out again; a convolution that no BatchNorm follows, as in a
+squeeze-and-excitation, keeps what it was given.
 """
 
 from __future__ import annotations

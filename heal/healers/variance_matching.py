@@ -5,8 +5,8 @@ the outputs of BatchNorm and LayerNorm while it measures. Here it is folded into
 bias (r the ratio of standard deviations): weight <- r weight, bias <- r (bias - mean_p) + mean_d. Where a
 branch ends in a LayerScale module, that is matched too, in variance alone, as it has no bias; ConvNeXt keeps that
 scale as a parameter of the block, where it is left alone. Norms that do more than weight * x_hat + bias are left
-alone: those with an activation inside, and GlobalResponseNorm, which adds its input. No weight matrix changes, so
-masks hold; no hook stays.
+alone: those with an activation inside, other than timm's BatchNorms, which are matched before it, and
+GlobalResponseNorm, which adds its input. No weight matrix changes, so masks hold; no hook stays.
 """
 
 from __future__ import annotations

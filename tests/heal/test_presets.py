@@ -10,6 +10,7 @@ import heal
 from heal.allocators import ALLOCATORS
 from heal.allocators.global_variance import GlobalVariance
 from heal.allocators.n_of_m import NOfM
+from heal.compat import timm
 from heal.errors import ArchitectureError, MethodError
 from heal.healers import HEALERS
 from heal.healers.unipts import Unipts
@@ -72,6 +73,8 @@ def test_macs_are_saved_by_cuts_where_there_is_anything_to_cut() -> None:
     budget = heal.Budget(macs=0.3)
     assert _names(choose(nets.build("vit"), budget))[0] == "global_variance"
     assert _names(choose(Plain(), budget))[0] == "lamp"
+    regnet = timm.create_model("regnetx_002", num_classes=4)  # only its residual stream, which goes if asked for
+    assert _names(choose(regnet, budget))[0] == "lamp"
     assert _names(choose(nets.build("vit"), budget, pruner=Magnitude()))[0] == "uniform"
     assert _names(choose(nets.build("vit"), budget, healers=[Unipts()]))[1] == "obs"
 

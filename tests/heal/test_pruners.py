@@ -16,6 +16,7 @@ from heal.masking import is_n_of_m
 from heal.method import AllocationContext, Pruner, taps
 from heal.patches import patches
 from heal.pruned import apply
+from heal.pruners import PRUNERS
 from heal.pruners.obs import Obs
 from heal.pruners.wanda import Wanda
 from heal.statistics import capture
@@ -160,13 +161,15 @@ def test_wanda_keeps_the_largest_products_of_weight_and_input(kind: str, granula
         assert all(scores[row][keep[row]].min() >= scores[row][~keep[row]].max() for row in range(len(weight)))
 
 
-@pytest.mark.parametrize("pruner", [Wanda(), Obs()])
+@pytest.mark.parametrize("name", [name for name, entry in PRUNERS.items() if entry.unit == "weights"])
 @pytest.mark.parametrize("net", ["vit", "resnet"])
-def test_a_pattern_holds_in_every_group_of_every_layer(net: str, pruner: Pruner) -> None:
+def test_a_pattern_holds_in_every_group_of_every_layer(net: str, name: str) -> None:
+    pruner = PRUNERS[name]()
     model, images = nets.build(net), nets.images(4)
     context = AllocationContext(images=images)
     allocation = NOfM("1:4", include=("stem", "classifier")).allocate(model, Budget(weights=0.75), context)
     mask = pruner.prune(model, allocation, capture(model, images, taps(model, [pruner])))
+    assert isinstance(mask, Mask) and mask.pattern == NM(1, 4)
     for layer, keep in mask.keep.items():
         assert is_n_of_m(keep, NM(1, 4)) and int(keep.sum()) == keep.numel() // 4, layer
 

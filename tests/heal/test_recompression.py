@@ -91,6 +91,13 @@ def test_a_combination_that_makes_no_sense_is_refused(
         heal.recompress(nets.build("vit"), nets.images(), budget, allocator, pruner, healers)
 
 
+@pytest.mark.parametrize("first", ["layerwise", "adaprune", "signal_resuscitation"])
+def test_a_mean_that_a_batch_norm_makes_up_for_is_not_made_up_for_again(first: str) -> None:
+    budget, healers = heal.Budget(weights=0.5), [first, "bias_correction"]
+    with pytest.raises(MethodError, match=f"which {first} rewrote; put it before"):
+        heal.recompress(nets.build("resnet"), nets.images(), budget, "uniform", "magnitude", healers)
+
+
 @pytest.mark.parametrize("name", ["resnet", "bottleneck", "vgg", "mobilenetv2", "mobilenetv3", "efficientnet"])
 def test_a_convolutional_network_loses_inner_channels_and_is_repaired(name: str) -> None:
     model, images, evenly = nets.build(name), nets.images(16, size=64), GlobalVariance(scope="layer")

@@ -83,6 +83,27 @@ def test_a_cut_at_once_says_nothing_of_rounds(healed: dict[str, Path]) -> None:
     assert "rounds" not in bundle.read(healed["healing"] / "bundle")["method"]
 
 
+@pytest.mark.parametrize(("budget", "rounds", "ran"), [("blocks: 0.4", 2, [1]), ("neurons: 0.0", 3, [3])])
+def test_the_bundle_is_that_of_the_last_round_in_which_anything_goes(
+    budget: str, rounds: int, ran: list[int], tmp_path: Path
+) -> None:
+    cut = "depth" if "blocks" in budget else "auto"
+    folders = _road(
+        tmp_path,
+        [
+            "calibration={source: digits, count: 16}",
+            f"allocation={{method: {cut}, budget: {{{budget}}}}}",
+            f"pruning={{method: {cut}}}",
+            f"healing={{methods: [variance_matching, starfish], rounds: {rounds}, starfish: {{epochs: 1}}}}",
+        ],
+    )
+    reports = json.loads((folders["healing"] / "healing.json").read_text())
+    assert [report["round"] for report in reports if report["method"] == "starfish"] == ran
+    healed, pruned = (bundle.load(folders[stage] / "bundle") for stage in ("healing", "pruning"))
+    assert widths(healed) == widths(pruned)
+    assert list(evaluation.candidates(folders)) == ["dense", "pruned", "after variance_matching", "healed"]
+
+
 def test_of_rounds_all_are_reported_and_the_last_leaves_bundles(tmp_path: Path) -> None:
     folders = _road(tmp_path, IN_ROUNDS)
     reports = json.loads((folders["healing"] / "healing.json").read_text())
