@@ -94,11 +94,12 @@ def load_allocation(folder: Path) -> Allocation:
 
 
 def save_pruned(pruned: Mask | ChannelCut, lines: tuple[str, ...], folder: Path) -> None:
-    """pruned.safetensors and pruned.json: what stays, and a line for people on each layer."""
+    """pruned.safetensors and pruned.json: what stays, how much goes, and a line for people on each layer."""
     tensors = {f"keep/{name}": keep for name, keep in pruned.keep.items()}
     tensors |= {f"update/{name}": value for name, value in pruned.updates.items()}
     _save(tensors, folder / "pruned.safetensors")
     content: dict[str, Any] = {"kind": "mask", "names": list(pruned.keep), "lines": list(lines)}
+    content |= {"removed": pruned.zeros if isinstance(pruned, Mask) else pruned.removed}
     if isinstance(pruned, ChannelCut):
         content |= {"kind": "cut", "total": dict(pruned.total), "dropped": list(pruned.dropped)}
     else:

@@ -64,6 +64,12 @@ class Classes:
             unknown = sorted(names - known.keys())
             if unknown:
                 raise ImagesError(f"{origin}: the network has no class {unknown[0]!r}; {nearest(unknown[0], known)}")
+            several = next((name for name in sorted(names) if self.names.count(name) > 1), None)
+            if several is not None:
+                raise ImagesError(
+                    f"{origin}: the network has {self.names.count(several)} classes called {several!r}, and a label of "
+                    "that name does not say which; use class numbers (evaluation.labels takes a CSV file of them)"
+                )
             return known
         if names and len(names) != self.count:
             raise ImagesError(

@@ -54,10 +54,16 @@ def for_calibration(calibration: str, evaluation: str) -> tuple[Source, list[str
 
 
 def for_evaluation(evaluation: str, shared: bool) -> tuple[Source, list[str]]:
-    """The evaluation source and its ids; `shared`: calibration draws from the same source."""
+    """The evaluation source and its ids; `shared`: calibration draws from the same source. Raises ImagesError."""
     source = open_source(evaluation)
-    split = shared or evaluation == "digits"
-    return source, [image for image in source.ids() if is_held_out(image) or not split]
+    split, ids = shared or evaluation == "digits", source.ids()
+    held_out = [image for image in ids if is_held_out(image) or not split]
+    if not held_out:
+        raise ImagesError(
+            f"evaluation.source: {source.name} is calibration.source, too, and of its {len(ids)} images none is among "
+            "the one in four that are held out, by their names, for the evaluation; name another source of images"
+        )
+    return source, held_out
 
 
 def is_shared(calibration: str, evaluation: str) -> bool:

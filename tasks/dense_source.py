@@ -51,7 +51,7 @@ def split(source: str) -> tuple[str, str]:
 def is_to_train(section: Dense) -> bool:
     """Whether the alias is not there and a digits model may stand in. A registry that is down is not a missing one."""
     name, _, alias = section.source.removeprefix("models:/").partition("@")
-    if section.if_missing == "refuse" or not alias:
+    if section.if_missing == "refuse" or alias not in ("dense", "champion"):  # which the trained one gets
         return False
     if not mlflow_store.exists(mlflow_store.tracking_uri()):
         return True

@@ -50,7 +50,7 @@ def run(params: Params, inputs: dict[str, Path], output: Path, progress: Progres
         "labels": images.labels is not None,
         "models": measured,
         "subsets": _by_subset(logits, images),
-        "budget": _budget(inputs["allocation"]),
+        "budget": _budget(inputs),
         "measured_with": _measured_with(models.device_of(section.device)) if section.latency_rounds else None,
     }
     artifacts.write_json(output / "evaluation.json", content)
@@ -114,9 +114,12 @@ def _by_subset(logits: Mapping[str, Tensor], images: EvaluationImages) -> dict[s
     return found
 
 
-def _budget(folder: Path) -> dict[str, Any]:
-    budget = artifacts.load_allocation(folder).budget
-    return budget | {"unit": "MACs" if budget["unit"] == "macs" else budget["unit"]}
+def _budget(inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """As allocated; all stays where the pruner took nothing."""
+    budget = artifacts.load_allocation(inputs["allocation"]).budget
+    budget |= {"unit": "MACs" if budget["unit"] == "macs" else budget["unit"]}
+    removed = artifacts.read_json(inputs["pruning"] / "pruned.json")["removed"]
+    return budget if removed else budget | {"got": budget["total"]}
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float]:

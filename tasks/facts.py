@@ -22,9 +22,9 @@ Json = Any
 class Facts:
     """The artifacts' JSON, with the models of the evaluation as rows.
 
-    `bundle` is the dense bundle.json, `pruner` what the pruned bundle says of its method, `digests` maps a stage to
-    its artifact's digest, `weights` is the SHA-256 of the healed weights file. `params` are those that the
-    artifacts were made with, by dotted key, with the names that were looked up among them.
+    `bundle` is the dense bundle.json, `pruner` and `healer` what the pruned and the healed bundle say of their
+    methods, `digests` maps a stage to its artifact's digest, `weights` is the SHA-256 of the healed weights file.
+    `params` are those that the artifacts were made with, by dotted key, with the names that were looked up among them.
     """
 
     dense: Mapping[str, Json]
@@ -33,6 +33,7 @@ class Facts:
     allocation: Mapping[str, Json]
     pruned: Mapping[str, Json]
     pruner: Mapping[str, Json]
+    healer: Mapping[str, Json]
     healing: tuple[Mapping[str, Json], ...]
     evaluation: Mapping[str, Json]
     rows: tuple[Row, ...]
@@ -48,7 +49,7 @@ class Facts:
     @property
     def kind(self) -> str:
         """mask where weights were zeroed, cut where channels or blocks went, none where nothing was pruned."""
-        return str(self.pruned["kind"]) if self.pruned["lines"] else "none"
+        return str(self.pruned["kind"]) if self.pruned["removed"] else "none"
 
     @property
     def images(self) -> int:
@@ -73,7 +74,7 @@ class Facts:
     @property
     def got(self) -> int:
         """How many of them stay."""
-        return int(self.allocation["budget"]["got"]) if self.pruned["lines"] else self.total
+        return int(self.allocation["budget"]["got"]) if self.pruned["removed"] else self.total
 
     @property
     def healers(self) -> tuple[str, ...]:
@@ -82,7 +83,7 @@ class Facts:
 
     @property
     def rounds(self) -> int:
-        """In how many rounds was cut and healed."""
+        """In how many rounds anything went and was healed."""
         return rounds(self.healing)
 
 
@@ -99,6 +100,7 @@ def gather(inputs: Mapping[str, Path]) -> Facts:
         allocation=_json(inputs["allocation"] / "allocation.json"),
         pruned=_json(inputs["pruning"] / "pruned.json"),
         pruner=_json(inputs["pruning"] / "bundle" / "bundle.json")["method"] or {},
+        healer=healed["method"] or {},
         healing=healing,
         evaluation=evaluation,
         rows=tuple(replace(row, bytes_float16=_bytes_float16(_weights(row.name, inputs))) for row in measured),

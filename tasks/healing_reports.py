@@ -14,13 +14,13 @@ def round_of(report: Report) -> int:
 
 
 def rounds(reports: Sequence[Report]) -> int:
-    """In how many rounds was cut."""
-    return max(map(round_of, reports), default=1)
+    """In how many rounds anything went; there may have been more, in which nothing did."""
+    return len({round_of(report) for report in reports}) or 1
 
 
 def last_round(reports: Sequence[Report]) -> list[Report]:
     """Those that ran after the last step, when everything was gone; only of these there are bundles."""
-    last = rounds(reports)
+    last = max(map(round_of, reports), default=1)
     return [report for report in reports if round_of(report) == last]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from heal import bundle
 from tasks import artifacts, manifest
-from tasks.healing_reports import last_round, named, rounds
+from tasks.healing_reports import last_round, named
 from tasks.mlflow_store import RegistryError, UnreachableError
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def _params(inputs: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
     yield "calibration.source", calibration["source"]
     yield "calibration.count", calibration["count"]
     yield "allocation.method", allocation["method"]
-    if rounds(reports) > 1:
-        yield "healing.rounds", rounds(reports)
+    if rounds := (bundle.read(inputs["healing"] / "bundle")["method"] or {}).get("rounds"):
+        yield "healing.rounds", rounds
     last = last_round(reports)
     yield "healing.methods", ", ".join(report["method"] for report in last)
     for report in last:

@@ -31,6 +31,7 @@ class Step:
 
 def steps(facts: Facts) -> list[Step]:
     """What every stage was told, in the order of the run."""
+    rounds = facts.healer.get("rounds", 1)
     return [
         Step("dense", facts.dense["source"], ()),
         Step("calibration", facts.calibration["source"], (("count", _text(facts.calibration["count"])),)),
@@ -40,7 +41,7 @@ def steps(facts: Facts) -> list[Step]:
             ((f"budget.{facts.budget}", _text(removed(facts))), *_params(facts.allocation["params"])),
         ),
         Step("pruning", facts.pruner.get("pruner", ""), _params(facts.pruner.get("params") or {})),
-        *([Step("healing", "in rounds", (("rounds", _text(facts.rounds)),))] if facts.rounds > 1 else []),
+        *([Step("healing", "in rounds", (("rounds", _text(rounds)),))] if rounds > 1 else []),
         *(Step("healing", report["method"], _params(report["params"])) for report in last_round(facts.healing)),
     ]
 

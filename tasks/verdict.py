@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import sqrt
 
+from tasks import summary
 from tasks.summary import Row, Spread, percent, span, times
 
 NARROWED = 0.9
-AT_CHANCE = 1.5  # times the chance level: below it, top-1 says no more than guessing
 
 
 def verdict(rows: Sequence[Row], kind: str, images: int) -> str:
@@ -32,24 +32,40 @@ def warnings(rows: Sequence[Row], kind: str, classes: int, images: int, rounds: 
     found = list(_harmed(rows, images))
     dense, last = rows[0], rows[-1]
     pruned = next((row for row in rows if row.name == "pruned" and rounds == 1), None)
-    if dense.top1 is not None and dense.top1 <= AT_CHANCE / classes:
+    if _is_at_chance(dense, classes):
         found.append("The dense model itself is at chance on these images: labels, preprocessing or weights are wrong.")
-    elif pruned is not None and pruned.top1 is not None and pruned.top1 <= AT_CHANCE / classes:
+    elif pruned is not None and _is_at_chance(pruned, classes):
         found.append(
-            "Right after pruning the model was at chance, so healing started from noise. "
+            "Right after pruning the model was at chance, which leaves little to heal from. "
             "A smaller budget that leaves the pruned model above chance heals better."
         )
     if dense.bytes < NARROWED * dense.bytes_unpacked:
-        found.append(
-            "The dense weights are exact in float16, so their file is narrower than the network in memory; a healer "
-            "that trains gives what it trains full precision. Sizes are compared with dense in full precision."
-        )
+        found.append(_narrow(dense, last))
     if kind != "none" and last.bytes >= dense.bytes_unpacked:
         found.append(
             "The weights file did not get smaller"
             + (": packing does not pay at this sparsity." if kind == "mask" else ".")
         )
     return found
+
+
+def _is_at_chance(row: Row, classes: int) -> bool:
+    """Whether top-1 says no more than guessing does: half as much again as the chance level, or five points."""
+    return row.top1 is not None and classes > 1 and row.top1 <= min(1.5 / classes, 1 / classes + 0.05)
+
+
+def _narrow(dense: Row, last: Row) -> str:
+    """How the dense file is less than the network in memory, and what that means for the sizes here."""
+    said = (
+        "The dense weights are exact in float16, so their file is narrower than the network in memory; a healer that "
+        "trains gives what it trains full precision."
+        if dense.nonzeros > NARROWED * dense.parameters
+        else "The dense weights are stored without their zeros; what is cut or trained anew may need them again."
+    )
+    by, unit = summary.size(max(dense.bytes, last.bytes))
+    files = f"{summary.digits(dense.bytes / by)} to {summary.digits(last.bytes / by)} {unit}"
+    larger = f" The files themselves go from {files}." if last.bytes >= dense.bytes else ""
+    return f"{said} Sizes are compared with dense in full precision.{larger}"
 
 
 def _harmed(rows: Sequence[Row], images: int) -> Iterator[str]:
@@ -107,6 +123,7 @@ def _accuracy(rows: Sequence[Row], images: int) -> str:
         )
     if last.agreement is None:
         return "accuracy was not measured"
-    rise = "" if before.agreement is None else f", from {percent(before.agreement, images)} % before healing"
+    same = before.agreement in (None, last.agreement)
+    rise = "" if same else f", from {percent(before.agreement or 0.0, images)} % before healing"
     shown = f"it agrees with the dense model on {percent(last.agreement, images)} % of the images{rise}"
     return f"{shown} (no labels, so top-1 is unknown)"

@@ -94,7 +94,10 @@ def publish(
     arrow = (lambda layer: f"{layer} -> {layer.replace('fc1', 'fc2')}") if kind == "cut" else str
     ending = "" if kind == "cut" else " weights"
     lines = [f"{arrow(layer)}: {kept[layer]} of {total[layer]}{ending}" for layer in kept]
-    write(inputs["pruning"] / "pruned.json", {"kind": kind, "names": list(kept), "lines": lines, "total": total})
+    write(
+        inputs["pruning"] / "pruned.json",
+        {"kind": kind, "names": list(kept), "lines": lines, "total": total, "removed": 1},
+    )
     write(inputs["healing"] / "healing.json", reports)
     evaluation = {"images": images, "labels": models["dense"]["top1"] is not None, "models": models, "subsets": {}}
     evaluation |= {"budget": None, "measured_with": "2 CPU threads, torch 2.13.0"}
@@ -164,7 +167,7 @@ def baseline(root: Path) -> dict[str, Path]:
         {"blocks.0.mlp.fc1": 256},
         [{"method": "none", **empty}],
     )
-    write(inputs["pruning"] / "pruned.json", {"kind": "mask", "names": [], "lines": []})
+    write(inputs["pruning"] / "pruned.json", {"kind": "mask", "names": [], "lines": [], "removed": 0})
     return inputs
 
 

@@ -51,6 +51,14 @@ def test_the_side_of_an_id_depends_on_nothing_else(tmp_path: Path) -> None:
     assert sides[0] == {image for image in sides[1] if int(image[:-4]) < 20}
 
 
+def test_a_shared_source_that_leaves_nothing_to_judge_by_is_refused(tmp_path: Path) -> None:
+    images = [f"{n}.png" for n in range(20) if not data.is_held_out(f"{n}.png")][:4]
+    few = folder(tmp_path / "few", images)
+    assert len(data.for_evaluation(f"imagefolder:{few}", shared=False)[1]) == 4
+    with pytest.raises(ImagesError, match=r"of its 4 images none is among the one in four .* name another source"):
+        data.for_evaluation(f"imagefolder:{few}", shared=True)
+
+
 @pytest.mark.parametrize("spelling", ["{0}", "{0}/", "{0}/../few", "{0}/."])
 def test_two_spellings_of_one_folder_are_one_source(tmp_path: Path, spelling: str) -> None:
     few = folder(tmp_path / "few", ["0.png"])

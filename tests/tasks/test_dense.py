@@ -374,8 +374,8 @@ def test_a_missing_alias_trains_the_digits_model_in_its_place(tmp_path: Path, mo
 
 
 def test_a_missing_alias_or_version_is_refused_where_nothing_can_stand_in() -> None:
-    refused = ("dense.if_missing=refuse", "dense.source=models:/digits-vit/3", "calibration.source=imagefolder:birds")
-    for overrides in refused:
+    sources = (f"dense.source=models:/digits-vit{version}" for version in ("/3", "@staging"))
+    for overrides in ("dense.if_missing=refuse", *sources, "calibration.source=imagefolder:birds"):
         with pytest.raises(registry.RegistryError):
             resolved(overrides)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from heal import bundle, masking
 from heal.surgery import widths
 from heal.values import ChannelCut, Mask
-from tasks import activations, allocation, artifacts, calibration, evaluation, healing, plots, pruning
+from tasks import activations, allocation, artifacts, calibration, evaluation, healing, healing_reports, plots, pruning
 from tasks.params import load
 from tasks.progress import Progress
 from tasks.table import STAGES
@@ -99,9 +99,19 @@ def test_the_bundle_is_that_of_the_last_round_in_which_anything_goes(
     )
     reports = json.loads((folders["healing"] / "healing.json").read_text())
     assert [report["round"] for report in reports if report["method"] == "starfish"] == ran
+    assert healing_reports.rounds(reports) == 1 and bundle.read(folders["healing"] / "bundle")["method"]["rounds"] > 1
+    assert (artifacts.read_json(folders["pruning"] / "pruned.json")["removed"] > 0) == ("blocks" in budget)
     healed, pruned = (bundle.load(folders[stage] / "bundle") for stage in ("healing", "pruning"))
     assert widths(healed) == widths(pruned)
     assert list(evaluation.candidates(folders)) == ["dense", "pruned", "after variance_matching", "healed"]
+
+
+def test_what_a_pruner_leaves_in_place_counts_as_kept(tmp_path: Path) -> None:
+    """The allocation's budget is a plan."""
+    told = ["calibration={source: digits, count: 4}", "allocation={method: uniform, budget: {weights: 0.5}}"]
+    folders = _road(tmp_path, [*told, "pruning={method: none}", "healing={methods: [none]}"])
+    budget = evaluation._budget(folders)
+    assert (budget["asked"], budget["got"]) == (budget["total"] // 2, budget["total"])
 
 
 def test_of_rounds_all_are_reported_and_the_last_leaves_bundles(tmp_path: Path) -> None:

@@ -212,6 +212,8 @@ def test_evaluation_reads_labels_only_when_allowed(tmp_path: Path) -> None:
         (Classes(2), [0, 1]),
         (Classes(2, ("dog", "owl")), "no class 'cat'"),
         (Classes(3), "names 2 classes, the network has 3"),
+        (Classes(3, ("dog", "cat", "dog")), "the network has 2 classes called 'dog'"),
+        (Classes(4, ("dog", "owl", "cat", "owl")), [2, 0]),
     ],
 )
 def test_named_classes_count_by_their_place_among_the_networks(classes: Classes, found: list[int] | str) -> None:

@@ -100,6 +100,14 @@ def test_files_are_compared_with_dense_in_full_precision() -> None:
     assert any("exact in float16" in warning for warning in warnings(rows, "cut", 10, 1000))
 
 
+def test_a_dense_file_without_its_zeros_is_called_that_and_a_larger_result_is_said() -> None:
+    found = evaluation()
+    found["models"]["dense"] |= {"bytes": 20_000_000, "nonzeros": 4_000_000}
+    (said,) = (text for text in warnings(summary.rows(found), "cut", 10, 1000) if "full precision" in text)
+    assert "stored without their zeros" in said and "float16" not in said
+    assert said.endswith("The files themselves go from 20.0 to 59.9 MB.")
+
+
 def test_what_was_not_measured_shows_as_such() -> None:
     found = columns(evaluation())
     assert (found["latency1"].cells[1].text, found["latency1"].cells[1].value) == ("–", None)
@@ -193,6 +201,12 @@ def test_a_slower_cut_is_called_slower() -> None:
     assert "measurably slower (0.60×" in sentence(evaluation(healed=healed))
 
 
+def test_nothing_rose_where_nothing_was_healed() -> None:
+    found = unlabeled()
+    found["models"]["healed"] |= {"agreement": found["models"]["pruned"]["agreement"]}
+    assert "before healing" in sentence(unlabeled(), "cut") and "before healing" not in sentence(found, "cut")
+
+
 def test_a_mask_never_promises_speed() -> None:
     said = sentence(unlabeled(), "mask")
     assert said.startswith("Smaller file, same speed on plain runtimes")
@@ -211,7 +225,18 @@ def test_a_file_that_did_not_shrink_is_pointed_out() -> None:
     assert sentence(found, "mask").startswith("No smaller file")
 
 
-@pytest.mark.parametrize(("top1", "classes", "warned"), [(0.11, 10, True), (0.4, 10, False), (0.11, 2, True)])
+@pytest.mark.parametrize(
+    ("top1", "classes", "warned"),
+    [
+        (0.11, 10, True),
+        (0.4, 10, False),
+        (0.11, 2, True),
+        (0.54, 2, True),
+        (0.6, 2, False),
+        (0.01, 1000, False),
+        (0.6, 1, False),
+    ],
+)
 def test_chance_is_relative_to_the_number_of_classes(top1: float, classes: int, warned: bool) -> None:
     found = evaluation(pruned={"top1": top1, "agreement": 0.1, **SMALLER})
     assert any("at chance" in text for text in warnings(summary.rows(found), "cut", classes, 1000)) is warned
