@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tasks import artifacts, models, promotion, registry
+from tasks import artifacts, models, promotion, registry, resolve
 from tasks.gate import Gate
-from tasks.images import evaluation_digest, load_evaluation
+from tasks.images import load_evaluation
 from tasks.params import Params
 from tasks.progress import Progress
 
@@ -19,7 +19,7 @@ def ask(params: Params, dense: Path, calibration: Path, version: str, *, again: 
     `again` only when a person asks.
     """
     name, limits = params.registration.name, Gate(**params.promotion.model_dump())
-    evaluation = evaluation_digest(params, calibration)
+    evaluation = resolve.evaluation(params, artifacts.read_json(calibration / "calibration.json")["shared"])
     settled = None if again else promotion.settled(name, version, limits, evaluation)
     if settled is not None:
         return settled

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +12,17 @@ from torch import Tensor
 
 from heal import bundle
 from heal.errors import ImagesError
-from tasks import artifacts, data, resolve
+from tasks import artifacts, data
 from tasks.classes import Classes
 from tasks.data import IdsDigest
 from tasks.image_array import ImageArray, array, load_calibration
 from tasks.preprocessing import Preprocessing, parse
 
 if TYPE_CHECKING:
-    from tasks.params import Params
     from tasks.params_schema import Evaluation
     from tasks.progress import Progress
 
-__all__ = [
-    "EvaluationImages",
-    "ImageArray",
-    "array",
-    "evaluation_digest",
-    "load_calibration",
-    "load_evaluation",
-    "load_source",
-]
+__all__ = ["EvaluationImages", "ImageArray", "array", "load_calibration", "load_evaluation", "load_source"]
 
 
 @dataclass(frozen=True)
@@ -66,20 +55,6 @@ def load_evaluation(section: Evaluation, dense: Path, calibration: Path, progres
     preprocessing = parse(bundle.read(dense / "bundle")["preprocessing"])
     pixels = array(rows, len(ids), preprocessing, progress.checkpoints / "evaluation.npy")
     return EvaluationImages(source.name, digest.hex(), pixels, ids, labels, subsets)
-
-
-def evaluation_digest(params: Params, calibration: Path) -> str:
-    """Names the images that `load_evaluation` gives, and their labels, without reading them again.
-
-    Contents where a source may change while its name stays, else the source's name.
-    """
-    section, found = params.evaluation, resolve.resolve_images(params)
-    named = [
-        found.get("evaluation.source", section.source),
-        found.get("evaluation.labels", section.labels),
-        artifacts.read_json(calibration / "calibration.json")["shared"],
-    ]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def read_labels(

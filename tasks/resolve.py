@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,19 @@ def resolve_images(params: Params) -> dict[str, str]:
     if isinstance(params.evaluation.labels, str):
         found["evaluation.labels"] = _file(Path(params.evaluation.labels))
     return found
+
+
+def evaluation(params: Params, shared: bool) -> str:
+    """Names the images that models are judged by, and their labels: contents where these may change while the name
+    stays. shared: calibration draws from the same source.
+    """
+    section, found = params.evaluation, resolve_images(params)
+    named = [
+        found.get("evaluation.source", section.source),
+        found.get("evaluation.labels", section.labels),
+        shared,
+    ]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _images(spec: str, labelled: bool = False) -> str:

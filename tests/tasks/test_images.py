@@ -22,7 +22,7 @@ from heal.images import ImageArray as ImageArrayProtocol
 from heal.images import Replay, is_array
 from tasks import artifacts
 from tasks.classes import Classes
-from tasks.images import array, evaluation_digest, load_evaluation, load_source
+from tasks.images import array, load_evaluation, load_source
 from tasks.params import load
 from tasks.preprocessing import Preprocessing, decode, parse
 from tasks.progress import Progress
@@ -255,25 +255,6 @@ def test_evaluation_keeps_to_its_side_of_a_shared_source(tmp_path: Path) -> None
     held_out, _ = evaluation(tmp_path, True, f"evaluation.source=imagefolder:{root}")
     assert len(whole.ids) == 40
     assert 0 < len(held_out.ids) < 25
-
-
-def test_what_names_the_evaluation_follows_its_images_and_labels(tmp_path: Path) -> None:
-    def named(root: Path, labels: str, shared: bool = False) -> str:
-        artifacts.write_json(tmp_path / "calibration.json", {"shared": shared})
-        overrides = [f"evaluation.source=imagefolder:{root}", f"evaluation.labels={labels}"]
-        return evaluation_digest(load(None, overrides), tmp_path)
-
-    images, table = folder(tmp_path / "images", ["0/a.png", "1/b.png"]), tmp_path / "labels.csv"
-    table.write_text("file,label\n0/a.png,0\n1/b.png,1\n")
-    before = named(images, str(table))
-    moved = images.rename(tmp_path / "elsewhere")
-    assert named(moved, str(table.rename(tmp_path / "other.csv"))) == before
-    others = [named(moved, "true"), named(moved, "false"), named(moved, "true", shared=True)]
-    (tmp_path / "other.csv").write_text("file,label\n0/a.png,1\n1/b.png,1\n")
-    others.append(named(moved, str(tmp_path / "other.csv")))
-    folder(moved, ["1/c.png"])
-    others.append(named(moved, "true"))
-    assert len({before, *others}) == 1 + len(others)
 
 
 def test_a_whole_source_loads_with_its_labels(tmp_path: Path) -> None:

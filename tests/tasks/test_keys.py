@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from heal.errors import InputError
-from tasks import code, keys
+from tasks import code, keys, resolve
 from tasks.keys import canonical, flatten, key_of, stage_key
+from tasks.params import load
 from tasks.table import STAGES, Stage
 from tests.tasks import toy
+from tests.tasks.pictures import folder
 from tests.tasks.toy import ToyParams
 
 ROOT = Path(__file__).parents[2]
@@ -250,3 +252,21 @@ def test_every_module_of_the_library_weighs_on_some_key() -> None:
     # What recompresses in one call, or walks over sparsities, is for notebooks; stages call one verb at a time. And
     # what `auto` stands for counts in a key by the names and params of the methods that it chose.
     assert library - reached <= {"heal.recompression", "heal.transition", "heal.presets"}
+
+
+def test_what_names_the_evaluation_follows_its_images_and_labels(tmp_path: Path) -> None:
+    def named(root: Path, labels: str, shared: bool = False) -> str:
+        overrides = [f"evaluation.source=imagefolder:{root}", f"evaluation.labels={labels}"]
+        return resolve.evaluation(load(None, overrides), shared)
+
+    images, table = folder(tmp_path / "images", ["0/a.png", "1/b.png"]), tmp_path / "labels.csv"
+    table.write_text("file,label\n0/a.png,0\n1/b.png,1\n")
+    before = named(images, str(table))
+    moved = images.rename(tmp_path / "elsewhere")
+    assert named(moved, str(table.rename(tmp_path / "other.csv"))) == before
+    others = [named(moved, "true"), named(moved, "false"), named(moved, "true", shared=True)]
+    (tmp_path / "other.csv").write_text("file,label\n0/a.png,1\n1/b.png,1\n")
+    others.append(named(moved, str(tmp_path / "other.csv")))
+    folder(moved, ["1/c.png"])
+    others.append(named(moved, "true"))
+    assert len({before, *others}) == 1 + len(others)
