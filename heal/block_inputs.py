@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from heal.errors import ArchitectureError
 from heal.families.lookup import describe
-from heal.method import Allocator, Healer, Pruner, name_of
+from heal.method import Healer, name_of
 from heal.modes import evaluating
 
 
-def refuse_more_inputs(model: nn.Module, methods: Iterable[Allocator | Pruner | Healer], image: Tensor) -> None:
-    """Raise ArchitectureError where a method needs "block_inputs" and a block takes more than a tensor, or gives
+def refuse_more_inputs(model: nn.Module, healers: Iterable[Healer], image: Tensor) -> None:
+    """Raise ArchitectureError where a healer needs "block_inputs" and a block takes more than a tensor, or gives
     anything else. image: [1, c, h, w], which tells.
     """
-    who = ", ".join(name_of(method) for method in methods if "block_inputs" in method.needs)
+    who = ", ".join(name_of(healer) for healer in healers if "block_inputs" in healer.needs)
     if not who:
         return
 

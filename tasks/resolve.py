@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heal.errors import ImagesError
 from tasks import dense_source, remembered
+from tasks.keys import canonical, sha256
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -43,12 +43,8 @@ def evaluation(params: Params, shared: bool) -> str:
     stays. shared: calibration draws from the same source.
     """
     section, found = params.evaluation, resolve_images(params)
-    named = [
-        found.get("evaluation.source", section.source),
-        found.get("evaluation.labels", section.labels),
-        shared,
-    ]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    images, labels = (found.get(f"evaluation.{key}", getattr(section, key)) for key in ("source", "labels"))
+    return sha256(canonical([images, labels, shared]))
 
 
 def _images(spec: str, labelled: bool = False) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import sqrt
 
-from tasks import summary
-from tasks.summary import Row, Spread, percent, span, times
+from tasks.summary import Row, Spread, digits, percent, size, span, times
 
 NARROWED = 0.9
 
@@ -62,8 +61,8 @@ def _narrow(dense: Row, last: Row) -> str:
         if dense.nonzeros > NARROWED * dense.parameters
         else "The dense weights are stored without their zeros; what is cut or trained anew may need them again."
     )
-    by, unit = summary.size(max(dense.bytes, last.bytes))
-    files = f"{summary.digits(dense.bytes / by)} to {summary.digits(last.bytes / by)} {unit}"
+    by, unit = size(max(dense.bytes, last.bytes))
+    files = f"{digits(dense.bytes / by)} to {digits(last.bytes / by)} {unit}"
     larger = f" The files themselves go from {files}." if last.bytes >= dense.bytes else ""
     return f"{said} Sizes are compared with dense in full precision.{larger}"
 
@@ -123,7 +122,8 @@ def _accuracy(rows: Sequence[Row], images: int) -> str:
         )
     if last.agreement is None:
         return "accuracy was not measured"
-    same = before.agreement in (None, last.agreement)
-    rise = "" if same else f", from {percent(before.agreement or 0.0, images)} % before healing"
+    rise = ""
+    if before.agreement is not None and before.agreement != last.agreement:
+        rise = f", from {percent(before.agreement, images)} % before healing"
     shown = f"it agrees with the dense model on {percent(last.agreement, images)} % of the images{rise}"
     return f"{shown} (no labels, so top-1 is unknown)"
